@@ -36,6 +36,8 @@ class BaseConfig:
 
     source: str = "tiny"
     """`tiny`, `wan2.2-ti2v-5b`, a diffusers folder, a hub id, or Wan-native safetensors (a file, or a folder of shards)."""
+    codec: str | None = None
+    """Where the VAE and the text encoder come from, when `source` has none beside its transformer; None: `source`."""
     random_weights: bool = False
     """Draw the weights instead of loading them: for checks at true size without a download."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

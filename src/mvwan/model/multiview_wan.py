@@ -1,0 +1,278 @@
+"""The network: stock Wan with view attention in every block, an RGB and a heatmap stream, and a head for each.
+
+Read it top to bottom: block, head, model with `forward`, and `initial_values`, the one place where new tensors get theirs.
+For V views every block adds, between self-attention and cross-attention,
+
+    x = x + gate_mvs * projector(mvs_attn(norm_mvs(x) * (1 + scale_mvs) + shift_mvs))
+
+where `mvs_attn` sees all tokens of all streams within one latent frame, with the stream's index in the time slot of the RoPE.
+The projector starts at zero, so an adapted model equals stock Wan on every view alone until it is trained.
+Source: multi-view attention as in SynCamMaster and ReCamMaster (view attention after self-attention, zero projector) on Wan2.2-TI2V.
+Knows nothing of files, LoRA, noise or losses.
+"""
+
+import contextlib
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from mvwan.errors import MvwanError
+from mvwan.model.wan import FP32LayerNorm, WanAttention, WanAttnProcessor, WanTransformer3DModel, WanTransformerBlock, register_to_config
+from mvwan.shapes import LATENT_CHANNELS
+
+Fusion = Literal["channel", "view"]
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x * (1 + scale) + shift in float32. x [B S f n D] normalised; shift, scale [B 1 f 1 D]."""
+    return x * (1 + scale) + shift
+
+
+class MultiViewWanBlock(WanTransformerBlock):
+    """A stock block with view attention. Time modulation comes per latent frame and is broadcast over its tokens and streams."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, qk_norm: str, cross_attn_norm: bool, eps: float) -> None:
+        super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
+        self.norm_mvs = FP32LayerNorm(dim, eps, elementwise_affine=False)
+        self.mvs_attn = WanAttention(dim=dim, heads=num_heads, dim_head=dim // num_heads, eps=eps, processor=WanAttnProcessor())
+        self.projector = nn.Linear(dim, dim)
+        self.modulation_mvs = nn.Parameter(torch.zeros(1, 3, dim))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        text: torch.Tensor,
+        time: torch.Tensor,
+        rope_frames: tuple[torch.Tensor, torch.Tensor],
+        rope_streams: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """x after the block, [B S f n D].
+
+        x [B S f n D], S streams; text [B L D], shared by the streams of a sample; time [B f 6 D], one vector per latent frame;
+        rope_frames over (f n), rope_streams over (S n), each (cos, sin).
+        """
+        streams, frames, tokens = x.shape[1:4]
+        table = rearrange(self.scale_shift_table + time.float(), "B f k D -> k B 1 f 1 D")
+        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = table.unbind(0)
+        shift_mvs, scale_mvs, gate_mvs = rearrange(self.modulation_mvs + time[:, :, :3].float(), "B f k D -> k B 1 f 1 D").unbind(0)
+
+        # Within each view: all frames.
+        y = modulate(self.norm1(x.float()), shift, scale).type_as(x)
+        y = self.attn1(rearrange(y, "B S f n D -> (B S) (f n) D"), None, None, rope_frames)
+        x = (x.float() + rearrange(y, "(B S) (f n) D -> B S f n D", S=streams, f=frames) * gate).type_as(x)
+
+        # Within each latent frame: all views.
+        y = modulate(self.norm_mvs(x.float()), shift_mvs, scale_mvs).type_as(x)
+        y = self.mvs_attn(rearrange(y, "B S f n D -> (B f) (S n) D"), None, None, rope_streams)
+        y = self.projector(y)
+        x = (x.float() + rearrange(y, "(B f) (S n) D -> B S f n D", f=frames, S=streams) * gate_mvs).type_as(x)
+
+        # The prompt: each token looks by itself, so the streams of a sample share keys and values.
+        y = self.norm2(x.float()).type_as(x)
+        y = self.attn2(rearrange(y, "B S f n D -> B (S f n) D"), text, None, None)
+        x = x + rearrange(y, "B (S f n) D -> B S f n D", S=streams, f=frames, n=tokens).type_as(x)
+
+        y = modulate(self.norm3(x.float()), shift_ffn, scale_ffn).type_as(x)
+        return (x.float() + self.ffn(y).float() * gate_ffn).type_as(x)
+
+
+class StreamHead(nn.Module):
+    """Tokens of one stream -> velocity patches, with the stream's own time modulation."""
+
+    def __init__(self, dim: int, patch_values: int, eps: float) -> None:
+        super().__init__()
+        self.norm_out = FP32LayerNorm(dim, eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(dim, patch_values)
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, dim))
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """[B V f n (patch C)] from x [B V f n D] and time [B f D]."""
+        table = self.scale_shift_table + rearrange(time, "B f D -> B f 1 D").float()
+        shift, scale = rearrange(table, "B f k D -> k B 1 f 1 D").unbind(0)
+        return self.proj_out(modulate(self.norm_out(x.float()), shift, scale).type_as(x))
+
+
+class MultiViewWan(WanTransformer3DModel):
+    """Wan2.2-TI2V for V views with an RGB and a heatmap stream.
+
+    fusion "channel": both latents share tokens (2C channels into one patch embedding). fusion "view": they are 2V streams of view
+    attention, each modality with its own patch embedding. Either way there are two heads, and input and output are
+    [B V 2C f h w], RGB channels first.
+    """
+
+    # Numerics, decided here for every new tensor. `modulation_mvs` and the heads' `scale_shift_table` are added to time embeddings in
+    # float32 like the stock tables; `norm_mvs`, `norm_out` compute in float32 like stock norms. `mvs_attn` (norm_q, norm_k included),
+    # `projector`, `proj_out` and both patch embeddings follow the model's dtype, as their stock originals do.
+    _keep_in_fp32_modules = [*(WanTransformer3DModel._keep_in_fp32_modules or []), "norm_mvs", "modulation_mvs", "norm_out"]  # noqa: RUF012
+    _no_split_modules = ["MultiViewWanBlock"]  # noqa: RUF012
+    _repeated_blocks = ["MultiViewWanBlock"]  # noqa: RUF012
+    _cp_plan = None  # stock context parallelism splits the token axis that view attention needs whole
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, ...] = (1, 2, 2),
+        num_attention_heads: int = 24,
+        attention_head_dim: int = 128,
+        in_channels: int = LATENT_CHANNELS,
+        out_channels: int = LATENT_CHANNELS,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 14336,
+        num_layers: int = 30,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+        views: int = 3,
+        fusion: Fusion = "channel",
+    ) -> None:
+        if image_dim is not None or added_kv_proj_dim is not None or pos_embed_seq_len is not None:
+            raise MvwanError("the base takes image embeddings (Wan2.1 image-to-video); mvwan adapts Wan2.2-TI2V, which has none")
+        if in_channels != out_channels:
+            raise MvwanError(f"the base has {in_channels} input and {out_channels} output channels; mvwan adapts bases where both are equal")
+        if patch_size[0] != 1:
+            raise MvwanError(f"the base has patch size {tuple(patch_size)}; mvwan needs one token row per latent frame, so 1 in time")
+        super().__init__(
+            patch_size, num_attention_heads, attention_head_dim, in_channels, out_channels, text_dim, freq_dim, ffn_dim, num_layers=0,
+            cross_attn_norm=cross_attn_norm, qk_norm=qk_norm, eps=eps, rope_max_seq_len=rope_max_seq_len,
+        )  # fmt: skip
+        self.register_to_config(num_layers=num_layers)
+        dim = num_attention_heads * attention_head_dim
+        self.blocks = nn.ModuleList(
+            MultiViewWanBlock(dim, ffn_dim, num_attention_heads, qk_norm or "none", cross_attn_norm, eps) for _ in range(num_layers)
+        )
+        if fusion == "channel":
+            self.patch_embedding = nn.Conv3d(2 * in_channels, dim, kernel_size=tuple(patch_size), stride=tuple(patch_size))
+        else:
+            self.patch_embedding_heatmap = nn.Conv3d(in_channels, dim, kernel_size=tuple(patch_size), stride=tuple(patch_size))
+        del self.norm_out, self.proj_out, self.scale_shift_table
+        self.head_rgb = StreamHead(dim, out_channels * math.prod(patch_size), eps)
+        self.head_heatmap = StreamHead(dim, out_channels * math.prod(patch_size), eps)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of the frozen products: bfloat16 when the base was loaded so, whatever type the trained tensors have."""
+        return self.blocks[0].attn1.to_k.weight.dtype
+
+    def forward(  # type: ignore[override]
+        self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, condition_frames: int = 1
+    ) -> torch.Tensor:
+        """Velocity (noise - clean), [B V 2C f h w] in the dtype of `latents`.
+
+        latents [B V 2C f h w], RGB channels first, the given latent frames clean. timestep [B] in 0..1000: the first
+        `condition_frames` latent frames get 0 in its place; or [B f], taken as it is. text [B L D] or [1 L D], text-encoder output,
+        zero after each prompt. Raises `MvwanError` for shapes that do not fit.
+        """
+        self._check(latents, timestep, text, condition_frames)
+        if timestep.ndim == 1:
+            given = torch.arange(latents.shape[3], device=latents.device) < condition_frames
+            timestep = torch.where(given, timestep.new_zeros(()), timestep[:, None])
+        device = latents.device.type
+        mixed = self.compute_dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(device)
+        with torch.autocast(device, dtype=self.compute_dtype) if mixed else contextlib.nullcontext():
+            return self._velocity(latents, timestep, text.expand(len(latents), -1, -1))
+
+    def _velocity(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        batch, views, _, frames, height, width = latents.shape
+        x = self._embed(latents)
+        streams = x.shape[1]
+        rope_frames = self.rope(latents.new_empty(()).expand(1, 1, frames, height, width))
+        rope_streams = self.rope(latents.new_empty(()).expand(1, 1, streams, height, width))
+        time, time_six = self._embed_time(timestep)
+        text = self.condition_embedder.text_embedder(text if torch.is_autocast_enabled(text.device.type) else text.type_as(x))
+
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, text, time_six, rope_frames, rope_streams)
+            else:
+                x = block(x, text, time_six, rope_frames, rope_streams)
+
+        rgb, heat = (x, x) if self.config.fusion == "channel" else x.split(views, dim=1)
+        _, p, q = self.config.patch_size
+        patches = torch.stack([self.head_rgb(rgb, time), self.head_heatmap(heat, time)])
+        # A head's rows are ordered (patch position, channel): the channel comes last.
+        return rearrange(
+            patches, "m B V f (h w) (p q C) -> B V (m C) f (h p) (w q)", B=batch, h=height // p, w=width // q, p=p, q=q
+        ).to(latents.dtype)  # fmt: skip
+
+    def _embed(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B S f n D] tokens of [B V 2C f h w] latents: S = V for fusion "channel", 2V (all RGB, then all heat) for "view"."""
+        batch = len(latents)
+        autocast = torch.is_autocast_enabled(latents.device.type)
+
+        def tokens(pictures: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
+            x = rearrange(pictures, "B V C f h w -> (B V) C f h w")
+            x = embedding(x if autocast else x.to(embedding.weight.dtype))
+            return rearrange(x, "(B V) D f h w -> B V f (h w) D", B=batch).contiguous()
+
+        if self.config.fusion == "channel":
+            return tokens(latents, self.patch_embedding)
+        rgb, heat = latents.chunk(2, dim=2)
+        return torch.cat([tokens(rgb, self.patch_embedding), tokens(heat, self.patch_embedding_heatmap)], dim=1)
+
+    def _embed_time(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """([B f D], [B f 6 D]) of timestep [B f]: once per latent frame, outside autocast, since bfloat16 tells 1000 timesteps poorly apart."""
+        embedder = self.condition_embedder
+        with torch.autocast(timestep.device.type, enabled=False):
+            waves = embedder.timesteps_proj(timestep.flatten().float())
+            time = embedder.time_embedder(waves.to(embedder.time_embedder.linear_1.weight.dtype))
+            time = time.to(embedder.time_proj.weight.dtype)
+            time_six = embedder.time_proj(embedder.act_fn(time))
+        frames = timestep.shape[1]
+        return rearrange(time, "(B f) D -> B f D", f=frames), rearrange(time_six, "(B f) (k D) -> B f k D", f=frames, k=6)
+
+    def _check(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, condition_frames: int) -> None:
+        channels = 2 * self.config.in_channels
+        if latents.ndim != 6 or latents.shape[2] != channels:
+            raise MvwanError(f"latents are {list(latents.shape)}; needed are [B, V, {channels}, f, h, w], RGB channels first")
+        batch, _, _, frames, height, width = latents.shape
+        _, p, q = self.config.patch_size
+        if height % p or width % q:
+            raise MvwanError(f"latents are {height} x {width}; each side must be a multiple of the patch {p} x {q}")
+        if tuple(timestep.shape) not in ((batch,), (batch, frames)):
+            raise MvwanError(f"timestep is {list(timestep.shape)}; needed is [{batch}] or [{batch}, {frames}]")
+        if text.ndim != 3 or text.shape[0] not in (1, batch) or text.shape[2] != self.config.text_dim:
+            raise MvwanError(f"text is {list(text.shape)}; needed is [{batch}, L, {self.config.text_dim}] or [1, L, {self.config.text_dim}]")
+        if not 0 <= condition_frames < frames:
+            raise MvwanError(f"condition_frames={condition_frames} of {frames} latent frames; at least one must be left to predict")
+
+
+def initial_values(stock: Mapping[str, torch.Tensor], fusion: Fusion) -> dict[str, tuple[torch.Tensor, str]]:
+    """New or widened tensor's name -> (value, where it comes from), from the tensors of a stock transformer.
+
+    Every name of a `MultiViewWan` state that is not in the result is stock's own tensor of that name. Nothing shares storage
+    with `stock`.
+    """
+    values: dict[str, tuple[torch.Tensor, str]] = {}
+    weight = stock["patch_embedding.weight"]
+    if fusion == "channel":
+        values["patch_embedding.weight"] = (torch.cat([weight, torch.zeros_like(weight)], dim=1), "stock for RGB channels, zero for heat channels")
+    else:
+        for part in ("weight", "bias"):
+            values[f"patch_embedding_heatmap.{part}"] = (stock[f"patch_embedding.{part}"].clone(), "copy of patch_embedding")
+    for head in ("head_rgb", "head_heatmap"):
+        for name in ("proj_out.weight", "proj_out.bias", "scale_shift_table"):
+            values[f"{head}.{name}"] = (stock[name].clone(), "copy of the stock head")
+    for name, tensor in stock.items():
+        if ".attn1." in name:
+            values[name.replace(".attn1.", ".mvs_attn.")] = (tensor.clone(), "copy of self-attention")
+        if name.startswith("blocks.") and name.endswith(".scale_shift_table"):
+            block = name.removesuffix("scale_shift_table")
+            values[f"{block}modulation_mvs"] = (tensor[:, :3].clone(), "first three rows of modulation")
+            like = stock[f"{block}attn1.to_out.0.weight"]
+            values[f"{block}projector.weight"] = (torch.zeros_like(like), "zero")
+            values[f"{block}projector.bias"] = (like.new_zeros(len(like)), "zero")
+    return values
+
+
+def stock_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `MultiViewWan` that a stock transformer's config gives."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}

@@ -1,0 +1,322 @@
+"""Stock parts of Wan2.2-TI2V: transformer, VAE, text encoder; where a base lies and what it is. The only door to diffusers and transformers.
+
+A base is `tiny` (ships with the package), `wan2.2-ti2v-5b` (a hub id with a built-in config), a diffusers folder, a hub id, or
+Wan-native safetensors: one file, or a folder of shards. Knows nothing of views, heatmaps or training.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.normalization import FP32LayerNorm
+from diffusers.models.transformers.transformer_wan import (
+    WanAttention,
+    WanAttnProcessor,
+    WanRotaryPosEmbed,
+    WanTransformer3DModel,
+    WanTransformerBlock,
+)
+from safetensors import SafetensorError, safe_open
+
+from mvwan.errors import MvwanError, nearest
+from mvwan.files import read_json, sha256_file, sha256_json
+from mvwan.model.native_names import is_native, to_ours
+
+__all__ = [
+    "TINY_FOLDER",
+    "AutoencoderKLWan",
+    "BaseDescription",
+    "FP32LayerNorm",
+    "WanAttention",
+    "WanAttnProcessor",
+    "WanTransformer3DModel",
+    "WanTransformerBlock",
+    "base_digest",
+    "describe",
+    "in_float32_island",
+    "load_text_encoder",
+    "load_transformer",
+    "load_vae",
+    "register_to_config",
+]
+
+TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny-wan"
+HUB_IDS = {"wan2.2-ti2v-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers"}
+CONFIG_5B: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "in_channels": 48,
+    "out_channels": 48,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 14336,
+    "num_layers": 30,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+}
+_KNOWN = ("tiny", *HUB_IDS)
+_NATIVE_FIELDS = ("dim", "num_heads", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseDescription:
+    """What a base is and where its files lie."""
+
+    id: str
+    """The source as given."""
+    kind: str
+    """`diffusers`, `native`, or `hub` (not on this disk yet)."""
+    transformer_config: dict[str, Any]
+    """Arguments of `WanTransformer3DModel`."""
+    files: tuple[Path, ...] = ()
+    """Safetensors of the transformer; empty for a hub id that is not downloaded."""
+    folder: Path | None = None
+    """The diffusers pipeline folder, when there is one: holds `vae`, `text_encoder`, `tokenizer`."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """Header metadata of a Wan-native file, for example `lora_rank`."""
+
+
+def describe(source: str | Path) -> BaseDescription:
+    """What `source` is, from names and headers alone. Raises `MvwanError` when it is no base or its config cannot be found."""
+    source = str(source)
+    if source == "tiny":
+        return _describe_folder(TINY_FOLDER, source)
+    if source in HUB_IDS:
+        return BaseDescription(id=source, kind="hub", transformer_config=dict(CONFIG_5B))
+    path = Path(source)
+    if path.is_dir():
+        return _describe_folder(path, source)
+    if path.is_file():
+        return _describe_file(path, source)
+    if path.suffix or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise MvwanError(
+            f"base {source}: no such file or folder.{nearest(source, _KNOWN)} Give {', '.join(_KNOWN)}, a diffusers folder, "
+            f"a hub id, or Wan-native safetensors."
+        )
+    return _describe_hub(source)
+
+
+def _describe_folder(folder: Path, source: str) -> BaseDescription:
+    for inner, pipeline in ((folder / "transformer", folder), (folder, None)):
+        config_file = inner / "config.json"
+        if config_file.is_file():
+            config = read_json(config_file)
+            files = tuple(_shards(inner, source))
+            if config.get("_class_name") == "WanTransformer3DModel":
+                kept = {name: value for name, value in config.items() if not name.startswith("_")}
+                return BaseDescription(id=source, kind="diffusers", transformer_config=kept, files=files, folder=pipeline)
+            if all(name in config for name in _NATIVE_FIELDS):
+                return BaseDescription(id=source, kind="native", transformer_config=_from_native(config, files, source), files=files)
+            raise MvwanError(
+                f"base {source}: {config_file} describes {config.get('_class_name', 'no class')}, "
+                "needs WanTransformer3DModel or a Wan-native config"
+            )
+    raise MvwanError(f"base {source}: holds neither transformer/config.json nor config.json; give a diffusers folder or Wan-native safetensors")
+
+
+def _shards(folder: Path, source: str) -> Iterator[Path]:
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        names = sorted(set(read_json(indexes[0]).get("weight_map", {}).values()))
+        found = [folder / Path(name).name for name in names]
+    else:
+        found = sorted(folder.glob("*.safetensors"))
+    missing = [path.name for path in found if not path.is_file()]
+    if missing or not found:
+        raise MvwanError(f"base {source}: {', '.join(missing) or 'no safetensors file'} missing in {folder}")
+    yield from found
+
+
+def _describe_file(path: Path, source: str) -> BaseDescription:
+    metadata = _header(path, source)[1]
+    beside = path.parent / "config.json"
+    if "config" in metadata:
+        try:
+            config = json.loads(metadata["config"])
+        except json.JSONDecodeError:
+            raise MvwanError(f"base {source}: the `config` in the file's metadata is not JSON") from None
+    elif beside.is_file():
+        config = read_json(beside)
+    else:
+        raise MvwanError(f"base {source}: no `config` in the file's metadata and no config.json beside it; put one there")
+    if config.get("_class_name") == "WanTransformer3DModel":
+        kept = {name: value for name, value in config.items() if not name.startswith("_")}
+        return BaseDescription(id=source, kind="diffusers", transformer_config=kept, files=(path,), metadata=metadata)
+    return BaseDescription(
+        id=source, kind="native", transformer_config=_from_native(config, (path,), source), files=(path,), metadata=metadata
+    )
+
+
+def _describe_hub(source: str) -> BaseDescription:
+    try:
+        config = dict(WanTransformer3DModel.load_config(source, subfolder="transformer"))
+    except Exception as error:
+        raise MvwanError(f"base {source}: neither a folder here nor a hub repository that can be reached ({type(error).__name__})") from None
+    kept = {name: value for name, value in config.items() if not name.startswith("_")}
+    return BaseDescription(id=source, kind="hub", transformer_config=kept)
+
+
+def _from_native(config: Mapping[str, Any], files: tuple[Path, ...], source: str) -> dict[str, Any]:
+    missing = [name for name in _NATIVE_FIELDS if name not in config]
+    if missing:
+        raise MvwanError(f"base {source}: its config lacks {', '.join(missing)}")
+    text_dim = config.get("text_dim")
+    if text_dim is None:  # the release leaves it out; the file itself knows
+        shapes = {name: shape for file in files for name, shape in _header(file, source)[0].items()}
+        text_dim = shapes.get("text_embedding.0.weight", (0, 4096))[1]
+    return {
+        "patch_size": tuple(config.get("patch_size", (1, 2, 2))),
+        "num_attention_heads": config["num_heads"],
+        "attention_head_dim": config["dim"] // config["num_heads"],
+        "in_channels": config["in_dim"],
+        "out_channels": config["out_dim"],
+        "text_dim": text_dim,
+        "freq_dim": config["freq_dim"],
+        "ffn_dim": config["ffn_dim"],
+        "num_layers": config["num_layers"],
+        "cross_attn_norm": config.get("cross_attn_norm", True),
+        "qk_norm": "rms_norm_across_heads",
+        "eps": config.get("eps", 1e-6),
+    }
+
+
+def _header(path: Path, source: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise MvwanError(f"base {source}: {path} is not a readable safetensors file ({error})") from None
+
+
+def in_float32_island(name: str, model_class: type[WanTransformer3DModel] = WanTransformer3DModel) -> bool:
+    """Whether parameter `name` stays float32 whatever the model's dtype: the rule on `model_class`, by part of the dotted name."""
+    return any(part in (model_class._keep_in_fp32_modules or ()) for part in name.split("."))
+
+
+def load_transformer(
+    source: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    random_weights: bool = False,
+    seed: int = 0,
+) -> WanTransformer3DModel:
+    """The stock transformer of a base, every tensor accounted for, in eval mode and frozen.
+
+    `dtype` None keeps the stored one; the float32 islands of stock Wan stay float32 whatever it is. `device` "meta" needs no
+    weights. Raises `MvwanError` listing tensors that are missing, unknown or of another shape.
+    """
+    description = describe(source)
+    if str(device) == "meta" or random_weights:
+        with torch.device(device), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = WanTransformer3DModel(**description.transformer_config)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if in_float32_island(name) else dtype or torch.float32)
+    else:
+        with torch.device("meta"):
+            model = WanTransformer3DModel(**description.transformer_config)
+        state = _read_state(description, {name: tuple(value.shape) for name, value in model.state_dict().items()}, dtype)
+        model.load_state_dict(state, strict=True, assign=True)
+        # Its tables are computed, not stored, and the meta device holds no numbers.
+        config = model.config
+        model.rope = WanRotaryPosEmbed(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
+        model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def _read_state(description: BaseDescription, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    files = description.files or _download(description.id)
+    where: dict[str, tuple[Path, str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        header = _header(path, description.id)[0]
+        ours = to_ours(header) if description.kind == "native" or is_native(header) else {name: name for name in header}
+        for name, shape in header.items():
+            where[ours[name]] = (path, name)
+            shapes[ours[name]] = shape
+    problems = [f"{name} is missing" for name in expected if name not in shapes]
+    problems += [f"{name} is unknown" for name in shapes if name not in expected]
+    problems += [
+        f"{name} is {list(shape)}, needs {list(expected[name])}" for name, shape in shapes.items() if name in expected and shape != expected[name]
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise MvwanError(f"base {description.id}: the weights do not fit its config: {'; '.join(problems[:4])}{more}")
+    state: dict[str, torch.Tensor] = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name, (holder, stored) in where.items():
+                if holder == path:
+                    tensor = file.get_tensor(stored)
+                    state[name] = tensor.to(torch.float32 if in_float32_island(name) else dtype or tensor.dtype)
+    return state
+
+
+def _download(source: str) -> tuple[Path, ...]:
+    from huggingface_hub import snapshot_download
+
+    repository = HUB_IDS.get(source, source)
+    try:
+        folder = snapshot_download(repository, allow_patterns=["transformer/*"])
+    except Exception as error:
+        raise MvwanError(
+            f"base {source}: {repository} could not be downloaded ({type(error).__name__}). Download it where there is a network "
+            "and give its folder, or set base.random_weights=true for a check without weights."
+        ) from None
+    return tuple(_shards(Path(folder) / "transformer", source))
+
+
+def base_digest(source: str | Path, random_weights: bool = False, seed: int = 0) -> str:
+    """`sha256:…` of the transformer's weight files, or of config and seed when the weights are random."""
+    description = describe(source)
+    if random_weights:
+        return f"random:{sha256_json([description.transformer_config, seed])}"
+    combined = hashlib.sha256()
+    for path in description.files or _download(description.id):
+        combined.update(bytes.fromhex(re.sub("^sha256:", "", sha256_file(path))))
+    return f"sha256:{combined.hexdigest()}"
+
+
+def _part(source: str | Path, part: str) -> tuple[str, str]:
+    """(repository or folder, subfolder) of the VAE, text encoder or tokenizer that belongs to a base."""
+    description = describe(source)
+    if description.kind == "hub":
+        return HUB_IDS.get(description.id, description.id), part
+    if description.folder is None or not (description.folder / part).is_dir():
+        raise MvwanError(
+            f"base {description.id}: has no {part} folder beside the transformer. Set base.codec to a diffusers folder or hub id "
+            "that holds vae, text_encoder and tokenizer."
+        )
+    return str(description.folder), part
+
+
+def load_vae(source: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
+    """The base's video VAE, frozen and in eval mode."""
+    folder, part = _part(source, "vae")
+    try:
+        vae = AutoencoderKLWan.from_pretrained(folder, subfolder=part, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise MvwanError(f"base {source}: its VAE cannot be loaded ({str(error).splitlines()[0]})") from None
+    return vae.eval().requires_grad_(False)
+
+
+def load_text_encoder(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """(tokenizer, UMT5 encoder) of the base, the encoder frozen and in eval mode."""
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    folder, part = _part(source, "text_encoder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        encoder = UMT5EncoderModel.from_pretrained(folder, subfolder=part, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise MvwanError(f"base {source}: its text encoder cannot be loaded ({str(error).splitlines()[0]})") from None
+    return tokenizer, encoder.eval().requires_grad_(False)
