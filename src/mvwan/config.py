@@ -282,10 +282,19 @@ def field_names(section: Any = Config, prefix: str = "") -> list[str]:
 
 def config_from_dict(values: Mapping[str, Any], where: str = "config") -> Config:
     """A checked `Config`. `where` (a file name, a preset) starts the message of the `MvwanError` for a bad field."""
+    return _checked(Config, values, where)
+
+
+def trainable_from_dict(values: Mapping[str, Any], where: str = "config") -> TrainableConfig:
+    """A checked `TrainableConfig`, for example the one that a checkpoint remembers."""
+    return _checked(TrainableConfig, values, where)
+
+
+def _checked(section: type[Any], values: Mapping[str, Any], where: str) -> Any:
     if not isinstance(values, Mapping):
         raise MvwanError(f"{where}: a mapping of sections is needed, got {type(values).__name__}")
     try:
-        return TypeAdapter(Config).validate_python(dict(values))
+        return TypeAdapter(section).validate_python(dict(values))
     except ValidationError as error:
         raise MvwanError(_one_sentence(error, where)) from None
 

@@ -32,6 +32,13 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
     return x * (1 + scale) + shift
 
 
+class QueryKeyNorm(nn.RMSNorm):
+    """RMSNorm in the type of its weight, handed on in the type of its input: float32 when the norm trains, as stock otherwise."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype)).type_as(x)
+
+
 class MultiViewWanBlock(WanTransformerBlock):
     """A stock block with view attention. Time modulation comes per latent frame and is broadcast over its tokens and streams."""
 
@@ -39,6 +46,8 @@ class MultiViewWanBlock(WanTransformerBlock):
         super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
         self.norm_mvs = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.mvs_attn = WanAttention(dim=dim, heads=num_heads, dim_head=dim // num_heads, eps=eps, processor=WanAttnProcessor())
+        for attention in (self.attn1, self.attn2, self.mvs_attn):
+            attention.norm_q, attention.norm_k = QueryKeyNorm(dim, eps=eps), QueryKeyNorm(dim, eps=eps)
         self.projector = nn.Linear(dim, dim)
         self.modulation_mvs = nn.Parameter(torch.zeros(1, 3, dim))
 

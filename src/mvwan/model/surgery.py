@@ -3,15 +3,18 @@
 `load_model` is base + surgery + trainable groups + checkpoint, in this order, for training, sampling and tests alike.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from mvwan.errors import MvwanError
+from mvwan.checkpoint import Compatibility, Purpose, Trained, check_identity, find_checkpoint, load_into, load_trained
+from mvwan.config import LoraConfig, TrainableConfig, TrainConfig, trainable_from_dict
 from mvwan.model.multiview_wan import Fusion, MultiViewWan, initial_values, stock_arguments
-from mvwan.model.wan import WanTransformer3DModel, describe, in_float32_island, load_transformer
+from mvwan.model.trainable import ResolvedGroup, apply, resolve_groups
+from mvwan.model.trainable_table import TrainableTable
+from mvwan.model.wan import WanTransformer3DModel, base_digest, describe, in_float32_island, load_transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,3 +75,99 @@ def adapt(stock: WanTransformer3DModel, views: int = 3, fusion: Fusion = "channe
         adapted_parameters=sum(tensor.numel() for tensor in state.values()),
     )
     return model.eval().requires_grad_(False), report
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """How a loaded model came to be."""
+
+    surgery: SurgeryReport
+    table: TrainableTable
+    """What trains, and how many of each group."""
+    groups: tuple[ResolvedGroup, ...]
+    fit: Compatibility | None = None
+    """How the checkpoint fits, when there was one."""
+    manifest: dict[str, Any] | None = None
+    """The checkpoint's manifest."""
+
+    def render(self) -> str:
+        """A few lines for a person."""
+        lines = [self.surgery.render()]
+        if self.fit is not None:
+            lines.append(f"checkpoint: {self.fit.outcome}")
+            lines += [f"  {line}" for line in self.fit.describe()]
+        return "\n".join(lines)
+
+
+def load_model(
+    base: str | Path = "tiny",
+    checkpoint: str | Path | None = None,
+    views: int = 3,
+    fusion: Fusion = "channel",
+    unfreeze_modulation_and_norms: bool = False,
+    dtype: torch.dtype | None = None,
+    *,
+    trainable: TrainableConfig | None = None,
+    train: TrainConfig | None = None,
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    device: str | torch.device = "cpu",
+    random_weights: bool = False,
+    seed: int = 0,
+    purpose: Purpose = "infer",
+    ema: bool = False,
+) -> tuple[MultiViewWan, LoadReport]:
+    """(model, report): base + surgery + trainable groups with LoRA + checkpoint.
+
+    `base` is whatever `describe` takes; `checkpoint` a run's folder, one of its checkpoints, or a safetensors file of the older
+    system, whose LoRA rank is read from its shapes and whose alpha equals it unless `lora_alpha` is given. `trainable` None takes
+    the checkpoint's own settings. The model is in eval mode; trained tensors are float32, frozen ones `dtype` (None: as stored).
+    `purpose` "train" refuses a checkpoint that lacks groups which would train now. Raises `MvwanError` for everything that does
+    not fit; nothing is dropped, invented or guessed.
+    """
+    trained = None if checkpoint is None else load_trained(checkpoint, ema=ema)
+    settings = trainable or (TrainableConfig() if trained is None else _trainable_of(trained))
+    rank = lora_rank or (trained.manifest["lora"]["rank"] if trained and trainable is None else None) or settings.lora.rank
+    alpha = lora_alpha if lora_alpha is not None else settings.lora.alpha
+    settings = replace(settings, lora=replace(settings.lora, rank=rank, alpha=alpha))
+    groups = resolve_groups(settings, unfreeze_modulation_and_norms, train)
+
+    stock = load_transformer(base, dtype, device, random_weights, seed)
+    model, surgery = adapt(stock, views, fusion)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        table = apply(model, groups, rank=rank, alpha=alpha)
+    if trained is None or checkpoint is None:
+        return model, LoadReport(surgery=surgery, table=table, groups=groups)
+
+    path = find_checkpoint(checkpoint)
+    known_base = trained.manifest["base"].get("digest") is not None
+    digest = base_digest(base, random_weights, seed) if known_base else None
+    check_identity(trained.manifest, path, base=digest, views=views, fusion=fusion, rank=rank)
+    fit = load_into(model, trained.tensors, table, purpose, path)
+    return model, LoadReport(surgery=surgery, table=table, groups=groups, fit=fit, manifest=trained.manifest)
+
+
+def _trainable_of(trained: Trained) -> TrainableConfig:
+    saved = trained.manifest["config"].get("trainable")
+    if saved is not None:
+        return trainable_from_dict(saved, "the checkpoint's manifest")
+    lora = trained.manifest["lora"]
+    return TrainableConfig(lora=LoraConfig(rank=lora["rank"] or LoraConfig().rank, alpha=lora["alpha"]))
+
+
+def trainable_table(
+    base: str | Path = "wan2.2-ti2v-5b",
+    views: int = 3,
+    fusion: Fusion = "channel",
+    unfreeze_modulation_and_norms: bool = False,
+    *,
+    trainable: TrainableConfig | None = None,
+    train: TrainConfig | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> TrainableTable:
+    """Exact counts of every group, on the meta device: no weights are read, none are needed."""
+    settings = trainable or TrainableConfig()
+    model, _ = adapt(load_transformer(base, dtype, device="meta"), views, fusion)
+    groups = resolve_groups(settings, unfreeze_modulation_and_norms, train)
+    return apply(model, groups, rank=settings.lora.rank, alpha=settings.lora.alpha)

@@ -1,0 +1,94 @@
+"""Surgery's report, storage, and the loader's own rules."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mvwan
+from mvwan.errors import MvwanError
+from mvwan.model.surgery import adapt
+from mvwan.model.wan import load_transformer
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+@pytest.mark.parametrize(("fusion", "widened"), [("channel", ["patch_embedding.weight"]), ("view", [])])
+def test_the_report_accounts_for_every_tensor_once(fusion: str, widened: list[str]) -> None:
+    stock = load_transformer(GOLDEN / "base.safetensors")
+    stock_names = set(dict(stock.named_parameters()))
+    model, report = adapt(stock, fusion=fusion)  # type: ignore[arg-type]
+    names = set(dict(model.named_parameters()))
+    assert {*report.kept, *report.widened, *report.added} == names
+    assert len(report.kept) + len(report.widened) + len(report.added) == len(names)
+    assert list(report.widened) == widened
+    assert stock_names - names == {"proj_out.weight", "proj_out.bias", "scale_shift_table"}, "only the head moves"
+    assert report.adapted_parameters == sum(parameter.numel() for parameter in model.parameters())
+    for text in ("left alone", "copy of self-attention", "zero"):
+        assert text in report.render()
+
+
+def test_new_tensors_have_the_published_initial_values_and_storage_of_their_own() -> None:
+    stock = load_transformer(GOLDEN / "base.safetensors")
+    before = {name: parameter.detach().clone() for name, parameter in stock.named_parameters()}
+    model, _ = adapt(stock)
+    block = model.blocks[1]
+    assert torch.equal(block.modulation_mvs, before["blocks.1.scale_shift_table"][:, :3])
+    assert torch.equal(block.mvs_attn.to_out[0].weight, before["blocks.1.attn1.to_out.0.weight"])
+    assert not block.projector.weight.any() and not block.projector.bias.any()
+    assert torch.equal(model.patch_embedding.weight[:, :48], before["patch_embedding.weight"])
+    assert not model.patch_embedding.weight[:, 48:].any()
+    assert torch.equal(model.head_heatmap.proj_out.weight, before["proj_out.weight"])
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    assert len(set(places)) == len(places), "no two parameters share storage"
+
+
+def test_the_base_file_is_left_as_it_was() -> None:
+    before = (GOLDEN / "base.safetensors").read_bytes()
+    model, _ = mvwan.load_model(GOLDEN / "base.safetensors")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert (GOLDEN / "base.safetensors").read_bytes() == before
+
+
+def test_dtype_is_for_frozen_products_and_trained_tensors_stay_float32() -> None:
+    model, report = mvwan.load_model(GOLDEN / "base.safetensors", dtype=torch.bfloat16, unfreeze_modulation_and_norms=True)
+    parameters = dict(model.named_parameters())
+    assert {parameters[name].dtype for name in report.table.trainable_names} == {torch.float32}
+    assert model.compute_dtype == torch.bfloat16
+    io = load_file(GOLDEN / "io.safetensors")
+    with torch.no_grad():  # no autocast by the caller: the model brings its own
+        output = model(io["latents"][None], io["timestep"], io["context"])[0]
+    assert output.dtype == torch.float32
+    assert (output - io["output_untrained"]).abs().max() < 0.06
+
+
+def test_new_adapters_are_a_function_of_the_seed() -> None:
+    def adapter(seed: int) -> torch.Tensor:
+        model, _ = mvwan.load_model(GOLDEN / "base.safetensors", seed=seed)
+        return model.blocks[0].attn1.to_q.lora_A["default"].weight
+
+    torch.manual_seed(99)
+    state = torch.random.get_rng_state()
+    assert torch.equal(adapter(1), adapter(1))
+    assert not torch.equal(adapter(1), adapter(2))
+    assert torch.equal(torch.random.get_rng_state(), state), "the caller's random state is left alone"
+
+
+def test_a_checkpoint_of_another_shape_or_rank_names_both() -> None:
+    with pytest.raises(MvwanError, match=r"rank 4, here it is 8"):
+        mvwan.load_model(GOLDEN / "base.safetensors", GOLDEN / "trained_frozen.safetensors", lora_rank=8)
+    with pytest.raises(MvwanError, match="fusion channel, here it is view"):
+        mvwan.load_model(GOLDEN / "base.safetensors", GOLDEN / "trained_frozen.safetensors", fusion="view")
+    with pytest.raises(MvwanError, match="does not fit this model"):
+        mvwan.load_model("tiny", GOLDEN / "trained_frozen.safetensors")
+
+
+def test_the_5b_is_built_on_the_meta_device_without_weights() -> None:
+    table = mvwan.trainable_table(base="wan2.2-ti2v-5b", unfreeze_modulation_and_norms=True)
+    assert table.trainable_parameters == 390_798_720
+    assert 6.515e9 < table.total_parameters < 6.525e9
+    model, _ = mvwan.load_model("wan2.2-ti2v-5b", device="meta")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
