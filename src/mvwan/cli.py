@@ -1,0 +1,356 @@
+"""The door: parses the command line, resolves the settings, calls one function, prints what it returns.
+
+Knows no model and no data. Everything heavy is imported inside the verb that needs it, so that help and a mistyped setting
+answer at once. A mistake of the user (`MvwanError`) is one sentence on stderr and exit code 2; Ctrl-C is 130; anything else keeps
+its traceback.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from mvwan import __version__
+from mvwan.config import Config, LoraConfig, TrainableConfig, config_from_dict, dump_yaml, merge, parse_overrides, read_yaml
+from mvwan.errors import MvwanError
+from mvwan.presets import PRESETS, preset
+
+SWITCH_VARIABLE = "UNFREEZE_MODULATION_AND_NORMS"
+_SWITCH_VALUES = {"true": True, "1": True, "false": False, "0": False}
+
+
+class Door(TyperGroup):
+    """The verbs, in the order they are written, with the user's mistakes turned into one sentence and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """What the verb returns; `typer.Exit` with code 2 for a `MvwanError`."""
+        try:
+            return super().invoke(ctx)
+        except MvwanError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=Door,
+    name="mvwan",
+    help="Wan2.2-TI2V as a multi-view RGB + heatmap video model, trained on robot demonstrations.",
+    epilog="Start with: mvwan demo. Or see what would train: mvwan params --compare",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+checkpoints = typer.Typer(cls=Door, help="Look into checkpoints.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(checkpoints, name="checkpoint")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mvwan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _everywhere(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Holds the options that belong to no verb."""
+
+
+class Fusion(StrEnum):
+    """How RGB and heatmap share the network."""
+
+    channel = "channel"
+    view = "view"
+
+
+Switch = Annotated[
+    bool | None,
+    typer.Option(
+        "--unfreeze_modulation_and_norms/--no-unfreeze_modulation_and_norms",
+        "--unfreeze-modulation-and-norms/--no-unfreeze-modulation-and-norms",
+        help=f"Train the AdaLN modulation and view attention's norms as well. Not given: ${SWITCH_VARIABLE}, or the settings.",
+        show_default=False,
+    ),
+]
+Preset = Annotated[str, typer.Option("--preset", help=f"Named settings to start from: {', '.join(PRESETS)}.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file laid over the preset.", show_default=False)]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="One setting laid over both, e.g. train.steps=100; repeatable.", show_default=False),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+DenoiseSteps = Annotated[int, typer.Option("--denoise-steps", min=1, help="Euler steps from noise to video.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of one of its checkpoints.", show_default=False)]
+Dataset = Annotated[
+    Path | None, typer.Option("--dataset", help="Folder of demonstrations; not given: the one the run was trained on.", show_default=False)
+]
+
+
+def switch_from_environment(environ: Mapping[str, str]) -> bool | None:
+    """The switch as `$UNFREEZE_MODULATION_AND_NORMS` sets it, None when it is unset. `MvwanError` for anything but true, false, 1, 0."""
+    text = environ.get(SWITCH_VARIABLE)
+    if text is None:
+        return None
+    if text.lower() not in _SWITCH_VALUES:
+        raise MvwanError(f"{SWITCH_VARIABLE}={text!r}: must be true, false, 1 or 0. Set it to one of them or unset it.")
+    return _SWITCH_VALUES[text.lower()]
+
+
+def resolve_config(
+    preset_name: str, config_file: Path | None, settings: list[str] | None, switch: bool | None, environ: Mapping[str, str]
+) -> tuple[Config, str]:
+    """(checked config, note on where the switch comes from, empty when nobody set it).
+
+    Later wins: preset, YAML file, environment, `--set`, flag. `MvwanError` names the field at fault.
+    """
+    overrides = parse_overrides(settings or [])
+    values = merge(preset(preset_name), read_yaml(config_file) if config_file else {})
+    variable = switch_from_environment(environ)
+    note = ""
+    if switch is not None:
+        overrides = merge(overrides, {"unfreeze_modulation_and_norms": switch})
+    elif variable is not None and "unfreeze_modulation_and_norms" not in overrides:
+        values = merge(values, {"unfreeze_modulation_and_norms": variable})
+        note = _environment_note(variable)
+    where = "settings" if overrides else str(config_file or f"preset {preset_name}")
+    return config_from_dict(merge(values, overrides), where), note
+
+
+def _environment_note(value: bool) -> str:
+    return f"unfreeze_modulation_and_norms={str(value).lower()}, from the environment variable {SWITCH_VARIABLE}"
+
+
+def _note(text: str) -> None:
+    if text:
+        typer.echo(f"note: {text}", err=True)
+
+
+def _console() -> Console:
+    """Tables keep their columns when the output is not a terminal."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+@app.command(epilog="Example: mvwan params --base wan2.2-ti2v-5b --unfreeze_modulation_and_norms --json")
+def params(
+    base: Annotated[
+        str, typer.Option("--base", help="tiny, wan2.2-ti2v-5b, a diffusers folder, a hub id or Wan-native safetensors.")
+    ] = "wan2.2-ti2v-5b",
+    views: Annotated[int, typer.Option("--views", min=1, help="Cameras seen together.")] = 3,
+    fusion: Annotated[Fusion, typer.Option("--fusion", help="RGB and heatmap share tokens, or are streams of their own.")] = Fusion.channel,
+    lora_rank: Annotated[int, typer.Option("--lora-rank", min=1, help="Width of the low-rank adapters.")] = 32,
+    unfreeze_modulation_and_norms: Switch = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else there.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown table.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="The switch off and on, side by side.")] = False,
+) -> None:
+    """What would train: exact counts per group, from the shapes alone; needs no weights."""
+    if as_json and markdown:
+        raise MvwanError("--json and --markdown: give one of them")
+    if compare and unfreeze_modulation_and_norms is not None:
+        raise MvwanError("--compare shows the switch off and on; leave --unfreeze_modulation_and_norms out")
+    variable = None if compare or unfreeze_modulation_and_norms is not None else switch_from_environment(os.environ)
+    if variable is not None:
+        _note(_environment_note(variable))
+    from mvwan.model import surgery
+    from mvwan.model.trainable_table import compare as side_by_side
+
+    trainable = TrainableConfig(lora=LoraConfig(rank=lora_rank))
+
+    def table(switch: bool) -> Any:
+        return surgery.trainable_table(base, views, fusion.value, switch, trainable=trainable)
+
+    shown = side_by_side(table(False), table(True)) if compare else table(bool(unfreeze_modulation_and_norms or variable))
+    if as_json:
+        typer.echo(json.dumps(shown.to_json(base, views, fusion.value), indent=2))
+    elif markdown:
+        typer.echo(shown.to_markdown())
+    else:
+        heading = "off and on" if compare else "on" if unfreeze_modulation_and_norms or variable else "off"
+        _console().print(shown.render(f"What trains: {base}, {views} views, fusion {fusion.value}, switch {heading}"))
+
+
+@app.command(epilog="Example: mvwan record --task drawer-open-v3 --episodes 10 --output data/drawer")
+def record(
+    output: Annotated[Path, typer.Option("--output", help="Folder to write the dataset to; must not exist yet.", show_default=False)],
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="Meta-World task; repeatable. Not given: drawer-open-v3.", show_default=False)
+    ] = None,
+    episodes: Annotated[int, typer.Option("--episodes", min=1, help="Demonstrations per task.")] = 10,
+    size_px: Annotated[int, typer.Option("--size-px", help="Side of the square pictures.")] = 128,
+    seed: Seed = 0,
+) -> None:
+    """Record scripted Meta-World demonstrations from three calibrated cameras, as a LeRobot v3 dataset."""
+    from mvwan.sim.metaworld import record as record_demonstrations
+
+    report = record_demonstrations(task or ["drawer-open-v3"], episodes, output, seed=seed, size_px=size_px)
+    typer.echo(f"{report}\n{output}")
+
+
+@app.command(epilog="Example: mvwan cache --preset tiny --set data.root=data/drawer --output data/drawer-latents")
+def cache(
+    output: Annotated[Path, typer.Option("--output", help="Folder of the latents; what is in it already is kept.", show_default=False)],
+    preset_name: Preset = "tiny",
+    config_file: ConfigFile = None,
+    settings: Settings = None,
+) -> None:
+    """Encode every window of a dataset once; `train --set data.cache=…` then never needs the VAE or the text encoder."""
+    config, _ = resolve_config(preset_name, config_file, settings, None, {})
+    datasets = _datasets(config)
+    from mvwan.latent_cache import build_cache
+    from mvwan.model.latents import LatentCodec
+
+    codec = LatentCodec.load(config.base.codec or config.base.source, config.data.text_tokens)
+    for split, dataset in datasets.items():
+        built = build_cache(dataset, codec, output, config.data.heatmap_sigma_px)
+        typer.echo(f"{split}: {len(dataset)} windows in {output} ({len(built)} entries)")
+
+
+@app.command(epilog="Example: mvwan train --preset tiny --set data.root=data/drawer --set train.steps=100 --output runs/first")
+def train(
+    output: Annotated[Path, typer.Option("--output", help="Folder of the run.", show_default=False)],
+    preset_name: Preset = "tiny",
+    config_file: ConfigFile = None,
+    settings: Settings = None,
+    unfreeze_modulation_and_norms: Switch = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder, or start where there is none.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print settings, parameter table and number of windows; train nothing.")
+    ] = False,
+) -> None:
+    """Fine-tune on demonstrations."""
+    config, note = resolve_config(preset_name, config_file, settings, unfreeze_modulation_and_norms, os.environ)
+    _note(note)
+    if dry_run:
+        _dry_run(config)
+        return
+    from mvwan.train import train as run_training
+
+    result = run_training(config, output, resume=resume)
+    typer.echo(f"checkpoint: {result.checkpoint}")
+
+
+def _dry_run(config: Config) -> None:
+    """Prints what `train` would do: settings as YAML, what trains, how many windows."""
+    from mvwan.model import surgery
+
+    typer.echo(dump_yaml(config))
+    table = surgery.trainable_table(
+        config.base.source,
+        config.model.views,
+        config.model.fusion,
+        config.unfreeze_modulation_and_norms,
+        trainable=config.trainable,
+        train=config.train,
+    )
+    datasets = _datasets(config) if config.data.root else {}
+    _console().print(table.render())
+    counts = ", ".join(f"{len(dataset)} {split}" for split, dataset in datasets.items())
+    typer.echo(f"windows: {counts or 'unknown, data.root is not set'}")
+
+
+def _datasets(config: Config) -> dict[str, Any]:
+    """The windows of both splits by name of the split."""
+    from mvwan.data.dataset import WindowDataset, read_episodes
+
+    episodes = read_episodes(config.data.root, config.data.cameras)
+    return {split: WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation")}
+
+
+@app.command(epilog="Example: mvwan sample runs/first --window 0 --output predictions/first")
+def sample(
+    run: Run,
+    output: Annotated[Path, typer.Option("--output", help="Folder to write to; must not exist yet.", show_default=False)],
+    dataset: Dataset = None,
+    window: Annotated[int, typer.Option("--window", min=0, help="Which held-out window, counted from 0.")] = 0,
+    denoise_steps: DenoiseSteps = 5,
+    seed: Seed = 0,
+) -> None:
+    """Predict the video after the first pictures of a held-out window: pictures, MP4 and the 3-D path beside the truth."""
+    from mvwan.evaluate import sample_window
+
+    for path in sample_window(run, output, dataset=dataset, window=window, denoise_steps=denoise_steps, seed=seed):
+        typer.echo(path)
+
+
+@app.command(epilog="Example: mvwan evaluate runs/first --windows 16")
+def evaluate(
+    run: Run,
+    dataset: Dataset = None,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Held-out windows at most, spread evenly.")] = 16,
+    denoise_steps: DenoiseSteps = 5,
+    seed: Seed = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="JSON file; not given: evaluation.json in the run.", show_default=False)
+    ] = None,
+) -> None:
+    """Measure predictions on held-out windows, beside the baseline that holds the first frame."""
+    from mvwan.evaluate import evaluate_prediction, render
+
+    result = evaluate_prediction(run, dataset=dataset, windows=windows, denoise_steps=denoise_steps, seed=seed, output=output)
+    _console().print(render(result))
+
+
+@checkpoints.command(epilog="Example: mvwan checkpoint inspect runs/first")
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Run, checkpoint folder or .safetensors file.", show_default=False)],
+) -> None:
+    """What a checkpoint holds, after checking every digest."""
+    from mvwan.checkpoint import find_checkpoint, load_trained
+
+    found = find_checkpoint(path)
+    tensors, manifest = load_trained(found)
+    _console().print(_manifest_table(manifest, len(tensors)))
+    typer.echo(
+        f"{found}: {len(tensors)} tensors, all digests match"
+        if manifest["groups"]
+        else f"{found}: {len(tensors)} tensors, no digests to check"
+    )
+
+
+def _manifest_table(manifest: Mapping[str, Any], num_tensors: int) -> Table:
+    """What is in a checkpoint, group by group; one line for a file of the older system, which names no groups."""
+    base, lora = manifest["base"]["id"] or "unknown (older format)", manifest["lora"]["rank"]
+    switch = "on" if manifest["unfreeze_modulation_and_norms"] else "off"
+    title = f"step {manifest['step'] or 'unknown'}, base {base}, {manifest['views'] or '?'} views, fusion {manifest['fusion']}, LoRA rank {lora}, switch {switch}"
+    table = Table(title=title, title_justify="left")
+    for column in ("group", "mode", "parameters", "tensors", "dtype"):
+        table.add_column(column, justify="right" if column in ("parameters", "tensors") else "left")
+    for name, group in manifest["groups"].items():
+        table.add_row(name, group["mode"], f"{group['parameters']:,}", f"{group['tensors']:,}", group["dtype"])
+    if not manifest["groups"]:
+        table.add_row("all", "", "", f"{num_tensors:,}", "")
+    return table
+
+
+@app.command(epilog="Example: mvwan demo --output runs/demo")
+def demo(
+    output: Annotated[Path, typer.Option("--output", help="Folder of the demo; finished stages in it are not repeated.")] = Path(
+        "runs/demo"
+    ),
+    task: Annotated[str, typer.Option("--task", help="Meta-World task.")] = "drawer-open-v3",
+    episodes: Annotated[int, typer.Option("--episodes", min=2, help="Demonstrations; a fifth is held out.")] = 10,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Optimizer steps of each of the two runs.")] = 300,
+    seed: Seed = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove what an earlier demo left in the folder first.")] = False,
+) -> None:
+    """Record, fine-tune with the switch off and on, evaluate, and write report.html: ten minutes on two cores."""
+    from mvwan.demo import run_demo
+
+    run_demo(output, task=task, episodes=episodes, steps=steps, seed=seed, fresh=fresh)
+
+
+def main() -> None:
+    """Runs the command line and exits."""
+    app()

@@ -1,0 +1,1 @@
+"""Demonstrations: formats on disk, decoding, transforms, windows."""

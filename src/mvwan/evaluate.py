@@ -1,0 +1,297 @@
+"""A run's predictions on held-out windows, measured beside the baseline that holds the first frame and beside the codec alone.
+
+Three columns answer three questions: `predicted` is the run, `hold_first` is what doing nothing scores, `codec` is the truth sent
+through the VAE and back, which no run on this base can beat by much. Given frames never count. Knows no page and no training.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from mvwan import heatmaps, metrics
+from mvwan.batch import Prediction, Sample
+from mvwan.data.dataset import WindowDataset, heat_video, read_episodes
+from mvwan.errors import MvwanError
+from mvwan.files import whole_file, write_json
+from mvwan.metrics import Tally
+from mvwan.sample import LoadedRun, load_run, predict, write_prediction
+from mvwan.trajectory import lift
+
+FORMAT_VERSION = 1
+PCK_SHARE = 0.05
+"""A peak is found when it lies within this share of the picture's height."""
+SOURCES = ("predicted", "hold_first", "codec")
+
+Tallies = dict[str, dict[str, tuple[Tally, ...]]]
+"""Source -> measure -> one tally per view, or a single one for what all views give together."""
+
+
+def held_out_windows(run: LoadedRun, dataset: str | Path | None = None) -> WindowDataset:
+    """The windows that the run never trained on, of its own data set or of the whole of another one at `dataset`.
+
+    Raises `MvwanError` when there is none.
+    """
+    data = run.config.data
+    episodes = read_episodes(data.root if dataset is None else dataset, data.cameras)
+    is_own = dataset is None or Path(dataset).resolve() == Path(data.root).resolve()
+    if not is_own:
+        data = replace(data, validation_share=1.0)
+    windows = WindowDataset(episodes, data, run.config.model.views, "validation", run.config.seed)
+    if not len(windows):
+        raise MvwanError(
+            f"{data.root if dataset is None else dataset}: no held-out windows. Set data.validation_share above 0, or give --dataset."
+        )
+    return windows
+
+
+def predict_sample(run: LoadedRun, sample: Sample, denoise_steps: int = 5, seed: int = 0) -> Prediction:
+    """What the run predicts after the window's given pictures, over the window's length."""
+    given = metrics.num_given_frames(run.config.train.condition_frames)
+    return predict(
+        run,
+        sample.rgb[:, :given],
+        sample.instruction,
+        sample.cameras,
+        steps=denoise_steps,
+        seed=seed,
+        point_m=sample.point_m[:given],
+        num_frames=sample.rgb.shape[1],
+    )
+
+
+def evaluate_prediction(
+    run: str | Path | LoadedRun,
+    *,
+    dataset: str | Path | None = None,
+    windows: int = 16,
+    denoise_steps: int = 5,
+    seed: int = 0,
+    output: str | Path | None = None,
+    keep: int = 0,
+    on_window: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Measures as plain dicts, also written to `output` (None: `evaluation.json` in the run's folder).
+
+    At most `windows` held-out windows, spread evenly. `keep` of them, spread evenly too, are stored as
+    `predictions/NN.npz` beside the JSON, for pictures. `on_window(done, total)` is called after each.
+    """
+    started = time.monotonic()
+    loaded = run if isinstance(run, LoadedRun) else load_run(run)
+    held_out = held_out_windows(loaded, dataset)
+    chosen = spread(len(held_out), windows)
+    kept = {chosen[place] for place in spread(len(chosen), keep)}
+    target = Path(output) if output is not None else loaded.checkpoint.parents[1] / "evaluation.json"
+    tallies: Tallies = {source: {} for source in SOURCES}
+    per_frame: dict[str, list[Tally]] = {}
+    rows: list[dict[str, Any]] = []
+    for done, index in enumerate(chosen, 1):
+        sample = held_out.sample(index)
+        prediction = predict_sample(loaded, sample, denoise_steps, seed)
+        measured = measure_window(loaded, sample, prediction)
+        _add(tallies, measured)
+        _add_frames(per_frame, sample, prediction, max(metrics.num_given_frames(loaded.config.train.condition_frames) - 1, 0))
+        rows.append(_window_row(sample, measured))
+        if index in kept:
+            name = f"predictions/{sum('pictures' in row for row in rows):02d}.npz"
+            save_prediction(target.parent / name, sample, prediction, loaded.config.data.heatmap_sigma_px)
+            rows[-1]["pictures"] = name
+        on_window(done, len(chosen))
+    result = {
+        "format_version": FORMAT_VERSION,
+        "checkpoint": str(loaded.checkpoint),
+        "step": loaded.step,
+        "unfreeze_modulation_and_norms": loaded.config.unfreeze_modulation_and_norms,
+        "denoise_steps": denoise_steps,
+        "seed": seed,
+        "num_windows": len(chosen),
+        "held_out_windows": len(held_out),
+        "episodes": sorted({held_out.windows[index].episode.name for index in chosen}),
+        "views": [camera.name for camera in held_out.sample(chosen[0]).cameras],
+        "num_frames": loaded.config.data.num_frames,
+        "given_frames": metrics.num_given_frames(loaded.config.train.condition_frames),
+        "size_px": [loaded.config.data.height_px, loaded.config.data.width_px],
+        "found_within_px": PCK_SHARE * loaded.config.data.height_px,
+        "measures": {source: _summary(tallies[source]) for source in SOURCES},
+        "per_frame_peak_error_px": {source: [_number(tally.mean) for tally in frames] for source, frames in per_frame.items()},
+        "windows": rows,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    write_json(target, result)
+    return result
+
+
+def spread(available: int, wanted: int) -> list[int]:
+    """At most `wanted` of the numbers 0 .. available-1, evenly spread, both ends among them."""
+    if wanted >= available:
+        return list(range(available))
+    return sorted({round(place) for place in np.linspace(0, available - 1, wanted).tolist()}) if wanted > 1 else [available // 2] * wanted
+
+
+def measure_window(run: LoadedRun, sample: Sample, prediction: Prediction) -> Tallies:
+    """The tallies of one window for the prediction, the held first frame, and the truth through the codec."""
+    given = run.config.train.condition_frames
+    last_given = max(metrics.num_given_frames(given) - 1, 0)
+    coded_rgb, coded_uv, coded_point = _through_codec(run, sample)
+    return {
+        "predicted": {
+            **_measure(sample, prediction.rgb, prediction.uv_px, prediction.point_m, given),
+            "view_disagreement_px": metrics.view_disagreement_px(prediction.uv_px, prediction.confidence, sample.cameras, given),
+        },
+        "hold_first": _measure(
+            sample, _held(sample.rgb, 1, last_given), _held(sample.uv_px, 1, last_given), _held(sample.point_m, 0, last_given), given
+        ),
+        "codec": _measure(sample, coded_rgb, coded_uv, coded_point, given),
+    }
+
+
+def _held(values: np.ndarray, frame_axis: int, last_given: int) -> np.ndarray:
+    """`values` with the last given frame in place of all later ones: `metrics.hold_first` for runs with several given frames."""
+    return np.take(values, np.minimum(np.arange(values.shape[frame_axis]), last_given), axis=frame_axis)
+
+
+def _measure(sample: Sample, rgb: np.ndarray, uv_px: np.ndarray, point_m: np.ndarray, given: int) -> dict[str, tuple[Tally, ...]]:
+    threshold_px = PCK_SHARE * sample.rgb.shape[2]
+    return {
+        "peak_error_px": metrics.peak_error_px(uv_px, sample.uv_px, sample.visible, given),
+        "found": metrics.pck(uv_px, sample.uv_px, sample.visible, threshold_px, given),
+        "error_3d_mm": (metrics.error_3d_mm(point_m, sample.point_m, given),),
+        "rgb_squared_error": metrics.squared_error(rgb, sample.rgb, given),
+        "rgb_ssim": metrics.ssim(rgb, sample.rgb, given),
+    }
+
+
+def _through_codec(run: LoadedRun, sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rgb, uv_px, point_m) of the true videos after encoding and decoding."""
+    heat = heat_video(sample, run.config.data.heatmap_sigma_px)
+    decoded = run.codec.decode_video(run.codec.encode_video(np.concatenate([sample.rgb, heat])))
+    rgb, heat = np.split(decoded, 2)
+    uv_px, confidence = heatmaps.peak(heatmaps.uncolour(heat))
+    return rgb, uv_px, lift(uv_px, confidence, sample.cameras)[0]
+
+
+def _add(tallies: Tallies, measured: Tallies) -> None:
+    for source, measures in measured.items():
+        for name, views in measures.items():
+            old = tallies[source].get(name, (Tally(),) * len(views))
+            tallies[source][name] = tuple(a + b for a, b in zip(old, views, strict=True))
+
+
+def _add_frames(per_frame: dict[str, list[Tally]], sample: Sample, prediction: Prediction, last_given: int) -> None:
+    """Adds the peak error of each frame over all views, to see how it grows with time."""
+    frames = sample.rgb.shape[1]
+    for source, uv_px in (("predicted", prediction.uv_px), ("hold_first", _held(sample.uv_px, 1, last_given))):
+        sums = per_frame.setdefault(source, [Tally()] * frames)
+        for frame in range(frames):
+            one = slice(frame, frame + 1)
+            views = metrics.peak_error_px(uv_px[:, one], sample.uv_px[:, one], sample.visible[:, one], condition_frames=0)
+            sums[frame] = sum(views, sums[frame])
+
+
+def _number(value: float, digits: int = 4) -> float | None:
+    return round(value, digits) if math.isfinite(value) else None
+
+
+def _summary(measures: Mapping[str, Sequence[Tally]]) -> dict[str, Any]:
+    summary: dict[str, Any] = {}
+    for name, views in measures.items():
+        total = sum(views, Tally())
+        per_view = [_number(view.mean) for view in views] if len(views) > 1 else []
+        summary[name] = {"mean": _number(total.mean), "count": total.count, "lost": total.lost, "per_view": per_view}
+    error = sum(measures["rgb_squared_error"], Tally())
+    summary["rgb_psnr_db"] = {
+        "mean": _number(metrics.psnr_db(error.mean)) if error.count else None,
+        "count": error.count,
+        "lost": error.lost,
+        "per_view": [_number(metrics.psnr_db(view.mean)) if view.count else None for view in measures["rgb_squared_error"]],
+    }
+    return summary
+
+
+def _window_row(sample: Sample, measured: Tallies) -> dict[str, Any]:
+    row: dict[str, Any] = {"sample_id": sample.sample_id}
+    for source in ("predicted", "hold_first"):
+        for name in ("peak_error_px", "error_3d_mm"):
+            row[f"{source}_{name}"] = _number(sum(measured[source][name], Tally()).mean)
+    return row
+
+
+def save_prediction(path: Path, sample: Sample, prediction: Prediction, sigma_px: float) -> None:
+    """Writes true and predicted pictures, peaks and points of one window to `path` (.npz); `load_prediction` reads them."""
+    arrays = {
+        "sample_id": np.array(sample.sample_id),
+        "prompt": np.array(prediction.prompt),
+        "views": np.array([camera.name for camera in sample.cameras]),
+        "true_rgb": sample.rgb,
+        "predicted_rgb": prediction.rgb,
+        "true_heat": heat_video(sample, sigma_px),
+        "predicted_heat": heatmaps.colour(prediction.heat),
+        "true_uv_px": np.where(sample.visible[..., None], sample.uv_px, np.nan),
+        "predicted_uv_px": np.where(prediction.confidence[..., None] > 0, prediction.uv_px, np.nan),
+        "true_point_m": sample.point_m,
+        "predicted_point_m": prediction.point_m,
+    }
+    with whole_file(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_prediction(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of `save_prediction` by name. Raises `MvwanError` when the file is not one."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError) as error:
+        raise MvwanError(f"{path}: not a stored prediction ({error})") from None
+
+
+def sample_window(
+    run: str | Path, output: str | Path, *, dataset: str | Path | None = None, window: int = 0, denoise_steps: int = 5, seed: int = 0
+) -> list[Path]:
+    """The files written to the new folder `output`: prediction of held-out window number `window`, as pictures, videos and numbers."""
+    loaded = load_run(run)
+    held_out = held_out_windows(loaded, dataset)
+    if window >= len(held_out):
+        raise MvwanError(f"--window {window}: there are {len(held_out)} held-out windows, 0 to {len(held_out) - 1}")
+    sample = held_out.sample(window)
+    prediction = predict_sample(loaded, sample, denoise_steps, seed)
+    fps = held_out.windows[window].episode.fps / loaded.config.data.frame_interval
+    return write_prediction(
+        prediction, output, fps, true_rgb=sample.rgb, true_uv_px=np.where(sample.visible[..., None], sample.uv_px, np.nan)
+    )
+
+
+_ROWS = (
+    ("peak_error_px", "heatmap peak error, px", 2),
+    ("found", "peaks found, share", 3),
+    ("error_3d_mm", "3-D error, mm", 1),
+    ("rgb_psnr_db", "RGB PSNR, dB", 2),
+    ("rgb_ssim", "RGB SSIM", 3),
+    ("view_disagreement_px", "views disagree by, px", 2),
+)
+
+
+def measure_rows(measures: Mapping[str, Any]) -> list[tuple[str, dict[str, float | None], int]]:
+    """(label, source -> mean, digits) per measure that exists, in the order in which people read them."""
+    rows = []
+    for name, label, digits in _ROWS:
+        values = {source: measures[source][name]["mean"] for source in SOURCES if name in measures[source]}
+        rows.append((label, values, digits))
+    return rows
+
+
+def render(result: Mapping[str, Any]) -> Table:
+    """A rich table of an evaluation, for `Console.print`."""
+    title = f"{result['num_windows']} held-out windows of {len(result['episodes'])} episodes, {result['denoise_steps']} denoising steps"
+    table = Table(title=title, title_justify="left")
+    table.add_column("measure")
+    for source in SOURCES:
+        table.add_column(source.replace("_", " "), justify="right")
+    for label, values, digits in measure_rows(result["measures"]):
+        cells = [values.get(source) for source in SOURCES]
+        table.add_row(label, *("–" if value is None else f"{value:.{digits}f}" for value in cells))
+    return table

@@ -1,0 +1,227 @@
+"""Files that are whole or not there: atomic writes, JSON, hashes, commit marks, pickles of strangers.
+
+A write goes to a hidden sibling first and takes its name in one rename, after its bytes are on the disk: a killed process leaves
+the old file, or a hidden `.<name>.<random>.partial` that `remove_leftovers` clears. Knows nothing of what is in the files.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from mvwan.errors import MvwanError
+
+COMMIT_MARK = "COMMITTED"
+_PARTIAL = ".partial"
+_DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+}
+
+
+def write_file(path: str | Path, data: str | bytes) -> None:
+    """Nothing; `path` then holds `data` (text as UTF-8), or what it held before when this raises. Makes the folder."""
+    with whole_file(path) as partial:
+        partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when the block ends well and disappears when it raises.
+
+    Raises `MvwanError` when the disk is full or the place cannot be written.
+    """
+    path = Path(path)
+    partial = _partial_name(path)
+    try:
+        with _plain_words(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            _sync(partial)
+            os.replace(partial, path)
+            _sync(path.parent)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+@contextmanager
+def whole_directory(path: str | Path) -> Iterator[Path]:
+    """A new folder to fill, which becomes `path` when the block ends well and disappears when it raises.
+
+    Raises `MvwanError` when `path` exists, the disk is full or the place cannot be written.
+    """
+    path = Path(path)
+    if path.exists():
+        raise MvwanError(f"{path}: exists already. Remove it or choose another folder.")
+    partial = _partial_name(path)
+    try:
+        with _plain_words(path):
+            partial.mkdir(parents=True)
+            yield partial
+            for folder, _, names in os.walk(partial):
+                for name in names:
+                    _sync(Path(folder) / name)
+                _sync(Path(folder))
+            os.rename(partial, path)
+            _sync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_leftovers(folder: str | Path) -> list[str]:
+    """Names of the partial files and folders that killed writers left in `folder`, now removed. Call it as the only writer there."""
+    leftovers = sorted(Path(folder).glob(f".*{_PARTIAL}"))
+    for leftover in leftovers:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+    return [leftover.name for leftover in leftovers]
+
+
+def remove_directory(path: str | Path) -> None:
+    """Nothing; the folder is gone whole, so that a kill on the way leaves a leftover and never half a folder under its name."""
+    path = Path(path)
+    going = _partial_name(path)
+    os.rename(path, going)
+    shutil.rmtree(going)
+
+
+def _partial_name(path: Path) -> Path:
+    return path.parent / f".{path.name}.{secrets.token_hex(6)}{_PARTIAL}"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _plain_words(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise MvwanError(
+            f"{path}: cannot be written ({error.strerror}). Free some space or choose a folder that you may write to."
+        ) from error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Nothing; `path` then holds `value` as indented JSON, whole or not at all. NaN and infinity become "nan", "inf", "-inf"."""
+    write_file(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def json_line(value: Any) -> str:
+    """`value` as JSON on one line with its newline; NaN and infinity as in `write_json`."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file. `MvwanError` when the file is missing, cannot be read, or is not JSON."""
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise MvwanError(f"{path}: not a JSON file ({error})") from None
+
+
+def read_text(path: str | Path) -> str:
+    """The UTF-8 text of a file. `MvwanError` when the file is missing or is not text."""
+    try:
+        return _read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise MvwanError(f"{path}: not a text file (its bytes are not UTF-8)") from None
+
+
+def _read_bytes(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise MvwanError(f"{path}: no such file") from None
+    except OSError as error:
+        raise MvwanError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits. `MvwanError` when the file is missing."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise MvwanError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a JSON value, 64 hex digits; independent of the order of keys and of how the file was written."""
+    text = json.dumps(_finite(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def mark_committed(folder: str | Path, text: str = "") -> None:
+    """Nothing; writes the file that says the folder is complete. Call it last, with `text` as its content."""
+    write_file(Path(folder) / COMMIT_MARK, text)
+
+
+def is_committed(folder: str | Path) -> bool:
+    """Whether the folder carries its commit mark."""
+    return (Path(folder) / COMMIT_MARK).is_file()
+
+
+_ALLOWED_IN_PICKLES = {
+    ("builtins", "bytearray"),
+    ("builtins", "complex"),
+    ("builtins", "set"),
+    ("builtins", "frozenset"),
+    ("collections", "OrderedDict"),
+    ("_codecs", "encode"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
+}
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        module_name = "builtins" if module_name == "__builtin__" else module_name
+        if (module_name, global_name) not in _ALLOWED_IN_PICKLES:
+            raise MvwanError(f"it names {module_name}.{global_name}")
+        return super().find_class(module_name.replace("numpy.core.", "numpy._core."), global_name)
+
+
+def read_pickle(path: str | Path) -> Any:
+    """The value in a pickle that may come from a stranger: numpy arrays, and plain Python numbers, strings and containers.
+
+    `MvwanError` when the file is missing, is damaged, or names anything else; nothing that it names is imported or run.
+    """
+    try:
+        return _RestrictedUnpickler(io.BytesIO(_read_bytes(path))).load()
+    except MvwanError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise MvwanError(f"{path}: refused, {error}; only numpy arrays and plain Python values are read from pickles") from None
+    except Exception as error:  # noqa: BLE001 - a damaged pickle raises nearly anything
+        raise MvwanError(f"{path}: not a readable pickle ({type(error).__name__})") from None

@@ -1,0 +1,1 @@
+"""The network, its stock parts, and what of it trains."""

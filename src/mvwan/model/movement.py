@@ -1,0 +1,184 @@
+"""The proof that training moves what the table trains, and nothing else: a snapshot before, a check a few steps later.
+
+Trained tensors are copied to the CPU until the check; frozen ones are remembered by an exact checksum of their bits. Knows no
+optimizer and no loop: the caller says how many steps lie between snapshot and check.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from mvwan.errors import MvwanError
+from mvwan.model.trainable import parameters_by_name
+from mvwan.model.trainable_table import NOTHING, Row, TrainableTable
+
+MINIMUM_STEPS = 2
+"""After one step nothing before the zero-initialised projector, and no LoRA A before its zero B, has seen a gradient."""
+_CHUNK_WORDS = 2**20
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupMovement:
+    """How far one trained group went."""
+
+    group: str
+    tensors: int
+    tensors_moved: int
+    """Tensors in which at least one bit changed."""
+    relative_change: float | None
+    """Norm of the change over the norm at the start, of the tensors that were not zero at the start; None when all were."""
+    change_from_zero: float | None
+    """Norm reached by the tensors that were zero at the start; None when none was."""
+    gradient_norm: float
+    """Norm of the group's gradient at the last step before the check."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovementReport:
+    """The passed proof."""
+
+    steps: int
+    """Optimizer updates between snapshot and check."""
+    rows: tuple[GroupMovement, ...]
+    frozen_tensors: int
+    """Frozen tensors found unchanged, bit for bit."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, ready for `json.dumps`."""
+        return {"steps": self.steps, "frozen_tensors_unchanged": self.frozen_tensors, "groups": [asdict(row) for row in self.rows]}
+
+    def render(self) -> Table:
+        """A rich table for `Console.print`."""
+        caption = f"{self.frozen_tensors:,} frozen tensors unchanged, bit for bit"
+        table = Table(title=f"Movement after {self.steps} steps", title_justify="left", caption=caption, caption_justify="left")
+        for column in ("group", "relative change", "change from zero", "gradient norm", "tensors moved"):
+            table.add_column(column, justify="left" if column == "group" else "right", no_wrap=True)
+        for row in self.rows:
+            numbers = (row.relative_change, row.change_from_zero, row.gradient_norm)
+            cells = (NOTHING if value is None else f"{value:.2e}" for value in numbers)
+            table.add_row(row.group, *cells, f"{row.tensors_moved}/{row.tensors}")
+        return table
+
+
+def gradient_norms(model: nn.Module, table: TrainableTable) -> dict[str, float]:
+    """Group -> norm of its gradient now, 0 where no tensor has one. Call it before `optimizer.step`."""
+    parameters = parameters_by_name(model)
+    norms = {}
+    for row in table.trainable_rows:
+        gradients = [gradient for name in row.names if (gradient := parameters[name].grad) is not None]
+        parts = [torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32) for gradient in gradients]
+        norms[row.name] = float(torch.linalg.vector_norm(torch.stack(parts))) if parts else 0.0
+    return norms
+
+
+class MovementProof:
+    """`snapshot()` before the first step, `check(...)` after the second or a later one."""
+
+    def __init__(self, model: nn.Module, table: TrainableTable) -> None:
+        self.model = model
+        self.table = table
+        self._trained: dict[str, torch.Tensor] | None = None
+        self._frozen: dict[str, tuple[int, int]] = {}
+
+    def snapshot(self) -> None:
+        """Remember every trained tensor (a copy on the CPU) and every frozen one (its checksum)."""
+        parameters = parameters_by_name(self.model)
+        self._trained = {name: parameters[name].detach().to("cpu", copy=True) for name in self.table.trainable_names}
+        self._frozen = {name: checksum(parameters[name]) for name in self.table.frozen_names}
+
+    def check(self, model: nn.Module, step: int, gradient_norms: Mapping[str, float]) -> MovementReport:
+        """The report, after comparing `model` with the snapshot, which is dropped.
+
+        `step` counts optimizer updates since the snapshot, `gradient_norms` comes from the function of that name. Raises
+        `MvwanError` naming each trained group that stood still and each frozen tensor that moved, or when `step` is under 2.
+        """
+        if step < MINIMUM_STEPS:
+            raise MvwanError(
+                f"movement proof after {step} step(s): too early, the parts before a zero-initialised projector get no gradient in the "
+                f"first step. Set train.movement_step to {MINIMUM_STEPS} or more."
+            )
+        assert self._trained is not None, "snapshot() comes before check()"
+        parameters = parameters_by_name(model)
+        rows = tuple(self._movement(row, parameters, gradient_norms) for row in self.table.trainable_rows)
+        moved = [name for name, before in self._frozen.items() if checksum(parameters[name]) != before]
+        problems = [_stood_still(row, step) for row in rows if row.tensors_moved == 0]
+        if moved:
+            more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
+            problems.append(f"frozen tensors moved: {', '.join(moved[:3])}{more}; something beside this optimizer writes to them")
+        if problems:
+            raise MvwanError("; ".join(problems))
+        report = MovementReport(steps=step, rows=rows, frozen_tensors=len(self._frozen))
+        self._trained, self._frozen = None, {}
+        return report
+
+    def _movement(self, row: Row, parameters: Mapping[str, nn.Parameter], norms: Mapping[str, float]) -> GroupMovement:
+        assert self._trained is not None
+        moved = 0
+        start_squares, change_squares, zero_squares = 0.0, 0.0, []
+        for name in row.names:
+            before, now = self._trained[name], parameters[name].detach().to("cpu")
+            moved += not torch.equal(before, now)
+            start = float(torch.linalg.vector_norm(before, dtype=torch.float64))
+            change = float(torch.linalg.vector_norm(now - before, dtype=torch.float64))
+            if start == 0:
+                zero_squares.append(change**2)
+            else:
+                start_squares += start**2
+                change_squares += change**2
+        return GroupMovement(
+            group=row.name,
+            tensors=row.tensors,
+            tensors_moved=moved,
+            relative_change=math.sqrt(change_squares / start_squares) if start_squares else None,
+            change_from_zero=math.sqrt(sum(zero_squares)) if zero_squares else None,
+            gradient_norm=norms.get(row.name, 0.0),
+        )
+
+
+def _stood_still(row: GroupMovement, step: int) -> str:
+    if row.gradient_norm == 0:
+        why = "it gets no gradient: the forward pass does not use it, or it is detached"
+    else:
+        norm = f"its gradient norm is {row.gradient_norm:.2e}"
+        why = f"{norm}: the optimizer does not hold it, or its warm-up keeps the learning rate too small"
+    return f"the group {row.group!r} trains but none of its {row.tensors} tensors moved in {step} steps; {why}"
+
+
+@torch.no_grad()
+def checksum(tensor: torch.Tensor) -> tuple[int, int]:
+    """Two sums over the bits of a tensor read as integers, plain and weighted by position, modulo 2^64. Works in chunks.
+
+    Weights are odd, so a change of any single word changes both sums; an exchange of two words changes the second.
+    """
+    assert not tensor.is_meta, "the meta device holds no bits"
+    plain, weighted, offset = 0, 0, 0
+    longest = min(_CHUNK_WORDS, tensor.numel())
+    odd = 2 * torch.arange(longest, dtype=torch.int64, device=tensor.device) + 1
+    for words in _words(tensor.detach()):
+        total = int(words.sum())
+        plain += total
+        weighted += _dot(words, odd[: len(words)]) + 2 * offset * total
+        offset += len(words)
+    return plain % 2**64, weighted % 2**64
+
+
+def _dot(words: torch.Tensor, weights: torch.Tensor) -> int:
+    # The CPU has an integer dot product, three times as fast as product and sum; CUDA has none.
+    return int(torch.dot(words, weights) if words.device.type == "cpu" else (words * weights).sum())
+
+
+def _words(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The bits in chunks of int64: eight-byte words as many as fit, then each element left over as one."""
+    integers = tensor.reshape(-1).view(_INTEGERS[tensor.element_size()])
+    per_word = 8 // tensor.element_size()
+    whole = len(integers) - len(integers) % per_word
+    is_aligned = integers.storage_offset() % per_word == 0
+    for chunk in integers[:whole].split(_CHUNK_WORDS * per_word):
+        yield (chunk if is_aligned else chunk.clone()).view(torch.int64)
+    yield integers[whole:].to(torch.int64)

@@ -1,0 +1,99 @@
+"""Named settings: what a run starts from before a YAML file and `--set` are laid over it.
+
+Knows values only; `config` knows what they mean and checks them. Source of the 5B numbers: the hyper-parameters in use for the
+older system (256 px, rank 32, learning rate 1e-4, clip 1, warm-up 100 steps, accumulation 4).
+"""
+
+from copy import deepcopy
+from typing import Any
+
+from mvwan.config import Config, config_from_dict, merge
+from mvwan.errors import MvwanError, nearest
+
+_TINY: dict[str, Any] = {
+    "base": {"source": "tiny"},
+    "trainable": {"lora": {"rank": 8}},
+    "data": {"num_frames": 13, "height_px": 128, "width_px": 128, "heatmap_sigma_px": 2.5, "text_tokens": 64},
+    "train": {
+        "steps": 300,
+        "batch_size": 4,
+        "gradient_accumulation": 1,
+        "learning_rate": 1e-3,
+        "warmup_steps": 20,
+        "schedule": "cosine",
+        "save_every": 100,
+        "evaluate_every": 50,
+    },
+}
+
+_FINETUNE: dict[str, Any] = {
+    "base": {"source": "wan2.2-ti2v-5b"},
+    "model": {"gradient_checkpointing": True},
+    "trainable": {"lora": {"rank": 32, "alpha": 32}},
+    "data": {"num_frames": 25, "frame_interval": 1, "height_px": 256, "width_px": 256, "heatmap_sigma_px": 1.5, "text_tokens": 512},
+    "train": {
+        "steps": 10_000,
+        "batch_size": 1,
+        "gradient_accumulation": 4,
+        "learning_rate": 1e-4,
+        "weight_decay": 0.0,
+        "max_gradient_norm": 1.0,
+        "warmup_steps": 100,
+        "schedule": "constant",
+        "precision": "bf16",
+        "save_every": 500,
+    },
+}
+
+_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "debug": (
+        "two steps of the tiny Wan at 64 px: does everything connect?",
+        merge(
+            _TINY,
+            {
+                "trainable": {"lora": {"rank": 2}},
+                "data": {"num_frames": 5, "height_px": 64, "width_px": 64, "window_stride": 16, "text_tokens": 32},
+                "train": {
+                    "steps": 2,
+                    "batch_size": 1,
+                    "warmup_steps": 0,
+                    "schedule": "constant",
+                    "movement_step": 2,
+                    "save_every": 2,
+                    "evaluate_every": 2,
+                    "evaluate_windows": 2,
+                },
+            },
+        ),
+    ),
+    "tiny": ("the tiny Wan at 128 px on a laptop's CPU, in minutes", _TINY),
+    "wan2.2-ti2v-5b": ("fine-tune Wan2.2-TI2V-5B on robot demonstrations: 25 frames at 256 px", _FINETUNE),
+    "wan2.2-ti2v-5b-pretrain": (
+        "pretrain Wan2.2-TI2V-5B on multi-view tracking: 13 frames, every second one",
+        merge(_FINETUNE, {"data": {"num_frames": 13, "frame_interval": 2, "heatmap_sigma_px": 2.0}}),
+    ),
+}
+
+PRESETS: tuple[str, ...] = tuple(_PRESETS)
+"""Names that `preset` takes."""
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Fresh nested settings of the preset, to be laid over the defaults of `config`. `MvwanError` names the nearest preset."""
+    return deepcopy(_PRESETS[_known(name)][1])
+
+
+def describe_preset(name: str) -> str:
+    """One line on what the preset is for. `MvwanError` names the nearest preset."""
+    return _PRESETS[_known(name)][0]
+
+
+def config_from_preset(name: str, *overrides: dict[str, Any], where: str | None = None) -> Config:
+    """The checked config of a preset with overrides laid over it, the last one on top. `where` starts the message of an error."""
+    return config_from_dict(merge(preset(name), *overrides), where or f"preset {name}")
+
+
+def _known(name: str) -> str:
+    if name not in _PRESETS:
+        raise MvwanError(f"preset {name!r}: no such preset; there are {', '.join(PRESETS)}.{nearest(name, PRESETS)} Set --preset.")
+    return name

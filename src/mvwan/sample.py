@@ -1,0 +1,254 @@
+"""Prompt + first pictures + cameras -> `Prediction`: what the robot's cameras will see and where the tracked point will go.
+
+Euler steps from noise to video around given latent frames that stay clean, then decode, peaks, and the lift to 3-D. The same
+network, codec and noise convention as training; a run's folder alone is enough. Knows no data set, no metric and no robot.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mvwan import flow, heatmaps, pictures
+from mvwan.batch import Prediction
+from mvwan.cameras import Camera
+from mvwan.checkpoint import find_checkpoint, read_manifest
+from mvwan.config import Config, config_from_dict
+from mvwan.errors import MvwanError
+from mvwan.files import whole_directory, write_file, write_json
+from mvwan.model import surgery
+from mvwan.model.latents import LatentCodec
+from mvwan.model.multiview_wan import MultiViewWan
+from mvwan.shapes import check_picture_size, num_frames_of, num_latent_frames
+from mvwan.trajectory import lift
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedRun:
+    """A trained model with what prediction needs beside it."""
+
+    model: MultiViewWan
+    codec: LatentCodec
+    config: Config
+    """Settings of the training run."""
+    checkpoint: Path
+    step: int
+
+
+def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = False) -> LoadedRun:
+    """The newest checkpoint of the run in folder `path` (or the checkpoint folder itself), ready to predict.
+
+    Raises `MvwanError` when there is none, when it is damaged, or when its base is not the one it was trained on.
+    """
+    folder = find_checkpoint(path)
+    if folder.is_file():
+        raise MvwanError(
+            f"checkpoint {path}: a file of the older system does not know its base, views and pictures. Give a run's folder, or load "
+            "it with mvwan.load_model(base, checkpoint=...) and give the model, codec and config to mvwan.predict."
+        )
+    manifest = read_manifest(folder)
+    config = config_from_dict(manifest["config"], f"checkpoint {folder}: config")
+    model, _ = surgery.load_model(
+        config.base.source,
+        checkpoint=folder,
+        views=config.model.views,
+        fusion=config.model.fusion,
+        unfreeze_modulation_and_norms=config.unfreeze_modulation_and_norms,
+        dtype=getattr(torch, config.base.dtype),
+        trainable=config.trainable,
+        train=config.train,
+        device=device,
+        random_weights=config.base.random_weights,
+        seed=config.seed,
+        ema=ema,
+    )
+    codec = LatentCodec.load(config.base.codec or config.base.source, config.data.text_tokens)
+    return LoadedRun(model=model, codec=codec, config=config, checkpoint=folder, step=manifest["step"])
+
+
+def predict(
+    run_or_model: str | Path | LoadedRun | MultiViewWan,
+    images: np.ndarray,
+    prompt: str,
+    cameras: Sequence[Camera],
+    steps: int = 5,
+    seed: int = 0,
+    *,
+    point_m: np.ndarray | None = None,
+    num_frames: int | None = None,
+    codec: LatentCodec | None = None,
+    config: Config | None = None,
+) -> Prediction:
+    """What happens after `images`, over `num_frames` pictures per view (None: as many as in training), in `steps` Euler steps.
+
+    images [V H W 3] uint8, one first picture per camera ([V F H W 3] for runs with several given frames). `cameras` belong to
+    pictures of this size. point_m [3] (or [F 3]), metres, is where the tracked point is now: the robot knows its tool point. Without
+    it the first heatmap is blank, as in training when no camera sees the point. A bare model needs `codec`, and `config` where
+    its training differed from the defaults. Same seed, same prediction. Raises `MvwanError` for pictures that do not fit.
+    """
+    run = load_run(run_or_model) if isinstance(run_or_model, (str, Path)) else run_or_model
+    if isinstance(run, LoadedRun):
+        model, codec, config = run.model, codec or run.codec, config or run.config
+        _check_size(images, config)
+    else:
+        model, config = run, config or Config()
+        if codec is None:
+            raise MvwanError("predict: a bare model needs codec=LatentCodec.load(base, text_tokens); or give a run's folder")
+    condition_frames = config.train.condition_frames
+    num_frames = config.data.num_frames if num_frames is None else num_frames
+    latent_frames = num_latent_frames(num_frames)
+    given = _given_pictures(images, cameras, num_frames_of(condition_frames))
+    heat = _given_heat(given, cameras, point_m, config.data.heatmap_sigma_px)
+    # RGB and heat go through the codec as one batch of 2V videos; the network wants them side by side on channels.
+    clean = codec.encode_video(np.concatenate([given, heatmaps.colour(heat)]))
+    rgb_latents, heat_latents = clean.chunk(2)
+    latents = denoise(
+        model,
+        torch.cat([rgb_latents, heat_latents], dim=1)[None],
+        codec.encode_text([prompt]),
+        latent_frames,
+        denoise_steps=steps,
+        seed=seed,
+        shift=config.flow.shift,
+        precision=config.train.precision,
+    )
+    videos = codec.decode_video(torch.cat(latents[0].chunk(2, dim=1)))
+    return _prediction(*np.split(videos, 2), given, heat, cameras, prompt)
+
+
+@torch.inference_mode()
+def denoise(
+    model: MultiViewWan,
+    given: torch.Tensor,
+    text: torch.Tensor,
+    latent_frames: int,
+    *,
+    denoise_steps: int,
+    seed: int,
+    shift: float,
+    precision: str = "bf16",
+    sample_ids: Sequence[str] | None = None,
+) -> torch.Tensor:
+    """Latents [B V 2C f h w] float32 whose first frames are `given` [B V 2C g h w] to the bit, the rest made from noise.
+
+    The noise is a pure function of (seed, sample id); ids default to `0`, `1`, … . One network call per step.
+    """
+    if denoise_steps < 1:
+        raise MvwanError(f"steps={denoise_steps}: at least one Euler step is needed. Five are enough for most runs.")
+    batch, views, channels, condition_frames, height, width = given.shape
+    if condition_frames >= latent_frames:
+        raise MvwanError(f"num_frames={num_frames_of(latent_frames)}: all of it is given; ask for more pictures than are given")
+    device = next(model.parameters()).device
+    ids = sample_ids or [str(index) for index in range(batch)]
+    noise = flow.draw_noise(seed, 0, ids, (views, channels, latent_frames, height, width))
+    latents = torch.cat([given.float().cpu(), noise[:, :, :, condition_frames:]], dim=3).to(device)
+    text = text.to(device)
+    sigmas = flow.euler_sigmas(denoise_steps, shift).tolist()
+    predicted = slice(condition_frames, None)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        for sigma, next_sigma in pairwise(sigmas):
+            timestep = flow.timestep(torch.full((batch,), sigma, device=device))
+            velocity = model(latents, timestep, text, condition_frames=condition_frames)
+            latents[:, :, :, predicted] = flow.euler_step(
+                latents[:, :, :, predicted], velocity[:, :, :, predicted].float(), sigma, next_sigma
+            )
+    return latents
+
+
+def _check_size(images: np.ndarray, config: Config) -> None:
+    size = tuple(images.shape[-3:-1])
+    trained = (config.data.height_px, config.data.width_px)
+    if size != trained:
+        raise MvwanError(
+            f"images are {size[0]}x{size[1]} px, the run was trained on {trained[0]}x{trained[1]}; resize pictures and cameras together "
+            "(mvwan.data.transforms)"
+        )
+
+
+def _given_pictures(images: np.ndarray, cameras: Sequence[Camera], num_given: int) -> np.ndarray:
+    """The given pictures as [V F H W 3], checked."""
+    given = images[:, None] if images.ndim == 4 else images
+    if given.ndim != 5 or given.shape[-1] != 3 or given.dtype != np.uint8:
+        raise MvwanError(f"images are {images.shape} {images.dtype}; needed are [V H W 3] uint8, one first picture per camera")
+    check_picture_size(*given.shape[2:4], field="images")
+    if given.shape[1] != num_given:
+        raise MvwanError(f"images hold {given.shape[1]} pictures per view; this run is given {num_given}")
+    if len(cameras) != len(given):
+        raise MvwanError(f"{len(given)} images and {len(cameras)} cameras; give one first picture per camera, in the same order")
+    for camera in cameras:
+        if (camera.height_px, camera.width_px) != given.shape[2:4]:
+            raise MvwanError(
+                f"camera {camera.name!r} is {camera.height_px}x{camera.width_px} px, the pictures are {given.shape[2]}x{given.shape[3]}; "
+                "resize cameras with their pictures"
+            )
+    return given
+
+
+def _given_heat(given: np.ndarray, cameras: Sequence[Camera], point_m: np.ndarray | None, sigma_px: float) -> np.ndarray:
+    """Heatmaps [V F H W] of the given pictures; blank where a camera does not see the point."""
+    views, frames, height, width = given.shape[:4]
+    points = np.full((frames, 3), np.nan) if point_m is None else np.atleast_2d(np.asarray(point_m, np.float64))
+    if points.shape != (frames, 3):
+        raise MvwanError(f"point_m is {np.shape(point_m)}; needed is one point in metres per given picture, ({frames}, 3)")
+    uv = np.zeros((views, frames, 2))
+    visible = np.zeros((views, frames), bool)
+    known = np.isfinite(points).all(axis=-1)
+    for view, camera in enumerate(cameras):
+        uv[view, known], depth = camera.project(points[known])
+        visible[view, known] = camera.inside(uv[view, known], depth)
+    return heatmaps.render(uv, visible, height, width, sigma_px)
+
+
+def _prediction(
+    rgb: np.ndarray, heat_rgb: np.ndarray, given: np.ndarray, given_heat: np.ndarray, cameras: Sequence[Camera], prompt: str
+) -> Prediction:
+    """The record of decoded videos [V F H W 3]; the given pictures are put back as they came."""
+    rgb, heat = rgb.copy(), heatmaps.uncolour(heat_rgb)
+    rgb[:, : given.shape[1]], heat[:, : given.shape[1]] = given, given_heat
+    uv_px, confidence = heatmaps.peak(heat)
+    point_m, residual_px = lift(uv_px, confidence, cameras)
+    return Prediction(
+        rgb=rgb,
+        heat=heat,
+        uv_px=uv_px,
+        confidence=confidence,
+        point_m=point_m,
+        residual_px=residual_px,
+        cameras=tuple(cameras),
+        prompt=prompt,
+    ).check()
+
+
+def write_prediction(
+    prediction: Prediction, output: str | Path, fps: float, true_rgb: np.ndarray | None = None, true_uv_px: np.ndarray | None = None
+) -> list[Path]:
+    """The files of the new folder `output`: `prediction.json` (peaks, confidence, points), and per view `<view>.mp4` and `<view>.png`.
+
+    The video shows RGB and heatmap side by side, the picture shows frames in columns; the truth, where given, comes first. Raises
+    `MvwanError` when the folder exists.
+    """
+    output = Path(output)
+    numbers = {name: _listed(getattr(prediction, name)) for name in ("uv_px", "confidence", "point_m", "residual_px")}
+    with whole_directory(output) as folder:
+        write_json(
+            folder / "prediction.json",
+            {"prompt": prediction.prompt, "cameras": [camera.to_dict() for camera in prediction.cameras], **numbers},
+        )
+        for view, camera in enumerate(prediction.cameras):
+            rows = [] if true_rgb is None else [true_rgb[view]]
+            rows += [prediction.rgb[view], heatmaps.colour(prediction.heat[view])]
+            if true_uv_px is not None:
+                rows[-1] = np.stack(
+                    [pictures.mark_points(frame, uv[None], (255, 255, 255)) for frame, uv in zip(rows[-1], true_uv_px[view], strict=True)]
+                )
+            write_file(folder / f"{camera.name}.mp4", pictures.mp4(np.concatenate(rows, axis=2), fps))
+            write_file(folder / f"{camera.name}.png", pictures.png(pictures.grid(np.stack(rows))))
+    return sorted(output.iterdir())
+
+
+def _listed(values: np.ndarray) -> list[object]:
+    """Nested lists for JSON; null where a number is missing."""
+    return np.where(np.isfinite(values), values, None).tolist()

@@ -1,0 +1,1 @@
+"""Simulated robots: where demonstrations come from and waypoints are tried."""

@@ -1,0 +1,349 @@
+"""Meta-World demonstrations seen by calibrated cameras: environments, scripted experts, rendering, recording. The only door to MuJoCo.
+
+A control step is one command to the arm (80 per second); every second one is a frame, so that a demonstration has about 25 to 60
+frames. The tracked point is the tool point, the mean of the two end-effector sites between the finger tips; `hand_m` is the wrist
+that Meta-World commands, 45 mm above. Does not know the layout of a dataset on disk: `data/lerobot` writes it.
+"""
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mvwan.cameras import Camera, look_at
+from mvwan.errors import MvwanError, nearest
+
+_SYSTEM_LIBRARIES = "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri"
+if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+    os.environ.setdefault("MUJOCO_GL", "egl")
+try:
+    import mujoco
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
+    from metaworld.policies import ENV_POLICY_MAP
+except ModuleNotFoundError as error:
+    raise MvwanError(f"the simulator is not installed ({error}). Install it: pip install metaworld==3.1.1 mujoco==3.3.0") from error
+except Exception as error:  # a missing libEGL surfaces as ImportError, AttributeError or RuntimeError, by version
+    raise MvwanError(
+        f"the renderer cannot start (MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r}: {error}). Install its system libraries: {_SYSTEM_LIBRARIES}"
+    ) from error
+
+CONTROL_STEPS_PER_SECOND = 80
+STEPS_PER_FRAME = 2
+SETTLE_STEPS = 10
+MAX_CONTROL_STEPS = 300
+RESERVED_LAYOUTS = 900_000
+_WORKSPACE_CENTRE_M = (0.0, 0.65, 0.17)
+_OVERSAMPLING = 2
+
+INSTRUCTIONS: Mapping[str, str] = {
+    "assembly-v3": "Put the ring over the peg.",
+    "basketball-v3": "Put the basketball into the hoop.",
+    "bin-picking-v3": "Move the block from one bin into the other.",
+    "box-close-v3": "Put the lid on the box.",
+    "button-press-topdown-v3": "Press the button from above.",
+    "button-press-topdown-wall-v3": "Reach over the wall and press the button from above.",
+    "button-press-v3": "Press the button.",
+    "button-press-wall-v3": "Reach over the wall and press the button.",
+    "coffee-button-v3": "Press the button of the coffee machine.",
+    "coffee-pull-v3": "Pull the mug away from the coffee machine.",
+    "coffee-push-v3": "Push the mug under the coffee machine.",
+    "dial-turn-v3": "Turn the dial.",
+    "disassemble-v3": "Lift the ring off the peg.",
+    "door-close-v3": "Close the door.",
+    "door-lock-v3": "Lock the door.",
+    "door-open-v3": "Open the door.",
+    "door-unlock-v3": "Unlock the door.",
+    "drawer-close-v3": "Close the drawer.",
+    "drawer-open-v3": "Open the drawer.",
+    "faucet-close-v3": "Close the faucet.",
+    "faucet-open-v3": "Open the faucet.",
+    "hammer-v3": "Hammer the nail into the wall.",
+    "hand-insert-v3": "Put the hand into the hole.",
+    "handle-press-side-v3": "Press the handle down from the side.",
+    "handle-press-v3": "Press the handle down.",
+    "handle-pull-side-v3": "Pull the handle up from the side.",
+    "handle-pull-v3": "Pull the handle up.",
+    "lever-pull-v3": "Pull the lever up.",
+    "peg-insert-side-v3": "Insert the peg into the hole from the side.",
+    "peg-unplug-side-v3": "Pull the peg out of the hole.",
+    "pick-out-of-hole-v3": "Lift the puck out of the hole.",
+    "pick-place-v3": "Pick up the puck and bring it to the goal.",
+    "pick-place-wall-v3": "Pick up the puck and bring it over the wall to the goal.",
+    "plate-slide-back-side-v3": "Slide the plate out of the cabinet to the side.",
+    "plate-slide-back-v3": "Slide the plate back out of the cabinet.",
+    "plate-slide-side-v3": "Slide the plate into the cabinet from the side.",
+    "plate-slide-v3": "Slide the plate into the cabinet.",
+    "push-back-v3": "Pull the block back to the goal.",
+    "push-v3": "Push the puck to the goal.",
+    "push-wall-v3": "Push the puck around the wall to the goal.",
+    "reach-v3": "Reach the goal.",
+    "reach-wall-v3": "Reach over the wall to the goal.",
+    "shelf-place-v3": "Put the block onto the shelf.",
+    "soccer-v3": "Push the ball into the net.",
+    "stick-pull-v3": "Pull the box with the stick.",
+    "stick-push-v3": "Push the box with the stick.",
+    "sweep-into-v3": "Sweep the block into the hole.",
+    "sweep-v3": "Sweep the block off the table.",
+    "window-close-v3": "Close the window.",
+    "window-open-v3": "Open the window.",
+}
+_VISIBLE_GOALS = ("reach-v3", "push-v3", "pick-place-v3")
+
+
+def task_name(task: str) -> str:
+    """Meta-World's name of a task, given with or without its version: `drawer-open` -> `drawer-open-v3`. `MvwanError` when there is none."""
+    for name in (task, f"{task}-v3"):
+        if name in INSTRUCTIONS:
+            return name
+    raise MvwanError(f"task {task!r}: Meta-World has no such task.{nearest(task, INSTRUCTIONS)} All: {', '.join(sorted(INSTRUCTIONS))}")
+
+
+def pinhole(name: str, eye_m: Sequence[float], target_m: Sequence[float], up: Sequence[float], fov_deg: float, size_px: int) -> Camera:
+    """A square pinhole camera of that vertical field of view with its axis through the middle of the picture."""
+    focal_px = 0.5 * size_px / np.tan(np.radians(fov_deg) / 2)
+    intrinsics = np.array([[focal_px, 0, size_px / 2], [0, focal_px, size_px / 2], [0, 0, 1]])
+    return Camera(name=name, width_px=size_px, height_px=size_px, intrinsics=intrinsics, world_to_camera=look_at(eye_m, target_m, up))
+
+
+def rig(size_px: int = 128) -> tuple[Camera, ...]:
+    """The three standard cameras `left`, `right`, `top`: all keep the tool point in the picture on every expert step of all tasks."""
+    _check_size(size_px)
+    up, target = (0.0, 0.0, 1.0), (0.0, 0.65, 0.15)
+    return (
+        pinhole("left", (-1.0, 1.1, 0.75), target, up, 40, size_px),
+        pinhole("right", (1.0, 1.1, 0.75), target, up, 40, size_px),
+        pinhole("top", (0.0, 0.66, 1.75), (0.0, 0.65, 0.0), (0.0, 1.0, 0.0), 40, size_px),
+    )
+
+
+def random_camera(rng: np.random.Generator, size_px: int = 128, name: str = "random") -> Camera:
+    """A camera somewhere around the table that looks at a spot near the middle of the workspace, tilted by up to 10 degrees."""
+    _check_size(size_px)
+    azimuth, elevation = rng.uniform(-np.pi, np.pi), np.radians(rng.uniform(15, 80))
+    distance_m = rng.uniform(0.9, 1.7)
+    target = np.array(_WORKSPACE_CENTRE_M) + rng.uniform(-0.08, 0.08, 3)
+    eye = target + distance_m * np.array([np.cos(elevation) * np.sin(azimuth), np.cos(elevation) * np.cos(azimuth), np.sin(elevation)])
+    tilt = np.radians(rng.uniform(-10, 10))
+    up = (np.cos(azimuth) * np.sin(tilt), -np.sin(azimuth) * np.sin(tilt), np.cos(tilt))
+    return pinhole(name, tuple(eye), tuple(target), up, rng.uniform(35, 55), size_px)
+
+
+def _check_size(size_px: int) -> None:
+    if size_px < 16 or size_px % 2:
+        raise MvwanError(f"size_px={size_px}: pictures need an even side of at least 16 px. Set size_px, for example 128.")
+
+
+def make_env(task: str) -> Any:
+    """Meta-World's environment of a task with its goal in the observation, ready for `env.seed(layout); env.reset()`."""
+    name = task_name(task)
+    env = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{name}-goal-observable"](seed=0)
+    env._freeze_rand_vec = False
+    env.seeded_rand_vec = True
+    return env
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What the robot measures at one control step."""
+
+    point_m: np.ndarray
+    """[3] float64, tool point in the world frame."""
+    hand_m: np.ndarray
+    """[3] float64, wrist."""
+    gripper_open: float
+    """0 closed .. 1 open, measured."""
+    success: bool
+    """Meta-World's own criterion, at this step."""
+
+
+class Simulator:
+    """One task with its environment, scripted expert and renderer; a context manager. Reuse it: a renderer takes 0.3 s to make."""
+
+    def __init__(self, task: str, cameras: Sequence[Camera]) -> None:
+        self.task = task_name(task)
+        self.instruction = INSTRUCTIONS[self.task]
+        self.cameras = tuple(cameras)
+        self._env = make_env(self.task)
+        self._expert: Any = None
+        self._observation = np.zeros(0)
+        self._success = False
+        self._pictures = _Pictures(self._env, self.cameras, show_goal=self.task in _VISIBLE_GOALS) if self.cameras else None
+
+    def __enter__(self) -> "Simulator":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing; frees the renderer and the environment."""
+        if self._pictures is not None:
+            self._pictures.close()
+        self._env.close()
+
+    def reset(self, layout_seed: int) -> State:
+        """The state at the start of a layout: same seed, same layout, whatever ran before."""
+        self._env.seed(layout_seed)
+        self._observation, _ = self._env.reset()
+        self._expert = ENV_POLICY_MAP[self.task]()
+        self._success = False
+        return self.state
+
+    @property
+    def state(self) -> State:
+        """The state now."""
+        return State(
+            point_m=np.array(self._env.tcp_center, np.float64),
+            hand_m=np.array(self._observation[:3], np.float64),
+            gripper_open=float(self._observation[3]),
+            success=self._success,
+        )
+
+    def expert_action(self) -> np.ndarray:
+        """[4] float64 in -1..1: dx, dy, dz in centimetres and the grip command (1 closes) of the scripted expert."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            action = self._expert.get_action(self._observation)
+        return np.clip(np.asarray(action, np.float64), -1, 1)
+
+    def step(self, action: np.ndarray) -> State:
+        """The state after one control step."""
+        self._observation, _, _, _, info = self._env.step(action)
+        self._success = bool(info["success"])
+        return self.state
+
+    def render(self, cameras: Sequence[Camera] | None = None) -> np.ndarray:
+        """[V H W 3] uint8, one picture per camera (the simulator's own, or others of the same size)."""
+        if self._pictures is None:
+            raise MvwanError("this simulator was made without cameras: pass cameras to Simulator to render")
+        return self._pictures.render(self.cameras if cameras is None else cameras)
+
+
+class _Pictures:
+    """The renderer: any number of pinhole cameras of one size, rendered large and averaged down, without shadows and reflections."""
+
+    def __init__(self, env: Any, cameras: Sequence[Camera], show_goal: bool) -> None:
+        self._model, self._data = env.model, env.data
+        self._size = cameras[0].height_px, cameras[0].width_px
+        height, width = (side * _OVERSAMPLING for side in self._size)
+        self._model.vis.quality.offsamples = 0
+        self._model.vis.global_.offheight = max(height, self._model.vis.global_.offheight)
+        self._model.vis.global_.offwidth = max(width, self._model.vis.global_.offwidth)
+        for site in range(self._model.nsite):
+            if not (show_goal and self._model.site(site).name == "goal"):
+                self._model.site_rgba[site, 3] = 0
+        try:
+            self._renderer = mujoco.Renderer(self._model, height, width)
+        except Exception as error:  # each OpenGL back end raises its own kind
+            raise MvwanError(f"the renderer cannot start ({error}). Install its system libraries: {_SYSTEM_LIBRARIES}") from error
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self._renderer.scene.flags[flag] = 0
+
+    def render(self, cameras: Sequence[Camera]) -> np.ndarray:
+        """[V H W 3] uint8."""
+        return np.stack([self._picture(camera) for camera in cameras])
+
+    def _picture(self, camera: Camera) -> np.ndarray:
+        height, width = self._size
+        if (camera.height_px, camera.width_px) != self._size or camera.kind != "pinhole":
+            raise MvwanError(
+                f"camera {camera.name}: {camera.kind}, {camera.width_px}x{camera.height_px} px; the simulator renders pinhole cameras of one size, {width}x{height} px"
+            )
+        focal, centre = camera.intrinsics[[0, 1], [0, 1]], camera.intrinsics[:2, 2]
+        if not (np.isclose(focal[0], focal[1]) and np.allclose(centre, (width / 2, height / 2)) and np.isclose(camera.intrinsics[0, 1], 0)):
+            raise MvwanError(f"camera {camera.name}: the simulator needs square pixels and the optical axis in the middle of the picture")
+        rotation = camera.world_to_camera[:3, :3]
+        self._data.cam_xpos[0] = -rotation.T @ camera.world_to_camera[:3, 3]
+        self._data.cam_xmat[0] = (rotation.T * (1, -1, -1)).ravel()
+        self._model.cam_fovy[0] = np.degrees(2 * np.arctan(0.5 * height / focal[1]))
+        self._renderer.update_scene(self._data, camera=0)
+        large = self._renderer.render().reshape(height, _OVERSAMPLING, width, _OVERSAMPLING, 3)
+        samples = _OVERSAMPLING**2
+        return ((large.sum(axis=(1, 3), dtype=np.uint16) + samples // 2) // samples).astype(np.uint8)
+
+    def close(self) -> None:
+        """Nothing; frees the OpenGL context."""
+        self._renderer.close()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rollout:
+    """One run of the scripted expert, every `STEPS_PER_FRAME`-th control step."""
+
+    task: str
+    layout_seed: int
+    instruction: str
+    cameras: tuple[Camera, ...]
+    fps: float
+    rgb: np.ndarray = field(repr=False)
+    """[V F H W 3] uint8."""
+    point_m: np.ndarray
+    """[F 3] float64, tool point."""
+    hand_m: np.ndarray
+    """[F 3] float64, wrist."""
+    gripper_open: np.ndarray
+    """[F] float32, 0..1."""
+    action: np.ndarray
+    """[F 4] float32, mean command from this frame to the next; 0 on the last."""
+    success: np.ndarray
+    """[F] bool, the criterion is met at this frame."""
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the expert ended the task."""
+        return bool(self.success.any())
+
+
+def rollout(
+    task: str | Simulator, layout_seed: int, size_px: int = 128, cameras: Sequence[Camera] | None = None, steps_per_frame: int = STEPS_PER_FRAME
+) -> Rollout:
+    """The expert's run on one layout, seen by `cameras` (None: the standard rig at `size_px`).
+
+    Pass a `Simulator` instead of a task name to reuse its renderer; `cameras` then may be any of its size. The run goes on for
+    `SETTLE_STEPS` control steps after success and is given up after `MAX_CONTROL_STEPS`.
+    """
+    if isinstance(task, Simulator):
+        return _run_expert(task, layout_seed, tuple(task.cameras if cameras is None else cameras), steps_per_frame)
+    cameras = rig(size_px) if cameras is None else tuple(cameras)
+    with Simulator(task, cameras) as simulator:
+        return _run_expert(simulator, layout_seed, cameras, steps_per_frame)
+
+
+def _run_expert(simulator: Simulator, layout_seed: int, cameras: tuple[Camera, ...], steps_per_frame: int) -> Rollout:
+    state = simulator.reset(layout_seed)
+    states, pictures, actions = [state], [simulator.render(cameras)], []
+    success_step: int | None = None
+    for control_step in range(1, MAX_CONTROL_STEPS + 1):
+        action = simulator.expert_action()
+        state = simulator.step(action)
+        actions.append(action)
+        if state.success and success_step is None:
+            success_step = control_step
+        if control_step % steps_per_frame == 0:
+            states.append(state)
+            pictures.append(simulator.render(cameras))
+            if success_step is not None and control_step >= success_step + SETTLE_STEPS:
+                break
+    frames = len(states)
+    grouped = np.array(actions[: (frames - 1) * steps_per_frame]).reshape(frames - 1, steps_per_frame, 4).mean(axis=1)
+    return Rollout(
+        task=simulator.task,
+        layout_seed=layout_seed,
+        instruction=simulator.instruction,
+        cameras=cameras,
+        fps=CONTROL_STEPS_PER_SECOND / steps_per_frame,
+        rgb=np.stack(pictures, axis=1),
+        point_m=np.array([state.point_m for state in states]),
+        hand_m=np.array([state.hand_m for state in states]),
+        gripper_open=np.array([state.gripper_open for state in states], np.float32),
+        action=np.concatenate([grouped, np.zeros((1, 4))]).astype(np.float32),
+        success=np.array([state.success for state in states]),
+    )

@@ -1,0 +1,542 @@
+"""The trainer: build -> resume -> loop. The only door to accelerate. `loop` and `train_step` are the ones to read.
+
+    <output>/
+        config.yaml, table.json      resolved settings; what trains
+        first_batch.png              the first windows with their heatmaps drawn over the views: look at it
+        latents/                     the latent cache, unless data.cache names another place
+        metrics.jsonl                a line per logged step and per evaluation, each with its "kind"
+        movement.json                the proof that what should move moved, and nothing else
+        logs/                        of the tracker
+        checkpoints/                 see `checkpoint`
+
+What a step computes is a function of (settings, seed, step): data order, sigma and noise are arithmetic, so nothing random is
+stored and a resumed run goes on to the bit. The loss of a step is one mean over all its windows, however they are cut into
+processes and micro-batches. Knows no file format of demonstrations and no parameter name.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+)
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from mvwan import checkpoint, flow, pictures
+from mvwan.batch import Batch
+from mvwan.config import Config, TrainConfig, dump_yaml
+from mvwan.data.dataset import WindowDataset, global_indices, heat_video, read_episodes
+from mvwan.errors import MvwanError
+from mvwan.files import json_line, read_json, read_text, write_file, write_json
+from mvwan.heatmaps import render
+from mvwan.latent_cache import LatentCache, build_cache
+from mvwan.model.latents import LatentCodec
+from mvwan.model.movement import MINIMUM_STEPS, MovementProof, MovementReport, gradient_norms
+from mvwan.model.trainable import optimizer_groups, parameters_by_name, verify_trainable
+from mvwan.training_module import HeatmapWanTrainingModule
+
+HELD_OUT_STEP = -1
+"""The step number that seeds held-out noise: no training step has it."""
+_LONGEST_WAIT = timedelta(days=7)
+"""Other processes wait for the main one, which may encode for hours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run left behind."""
+
+    step: int
+    losses: dict[str, float]
+    """`loss`, `rgb_loss`, `heat_loss` of the last logged step."""
+    held_out: dict[str, Any] | None
+    """The last evaluation's line, or None without one."""
+    movement: dict[str, Any] | None
+    """What `movement.json` holds, or None when fewer than two steps were taken."""
+    checkpoint: Path
+    history: list[dict[str, Any]]
+    """The lines of `metrics.jsonl`."""
+
+
+@dataclass(kw_only=True)
+class State:
+    """All that the loop changes or reads."""
+
+    config: Config
+    output: Path
+    accelerator: Accelerator
+    module: Any
+    """The module as accelerate wrapped it."""
+    own: HeatmapWanTrainingModule
+    """The module itself."""
+    optimizer: Any
+    schedule: LambdaLR
+    windows: Iterator[Batch]
+    """This process's micro-batches, from the next step on."""
+    held_out: LatentCache | None
+    manifest: dict[str, Any]
+    proof: MovementProof | None
+    proof_step: int
+    """Step after which the movement is proved."""
+    step: int = 0
+    """Optimizer updates done."""
+    first_step: int = 0
+    """`step` when this process started."""
+    ema: dict[str, torch.Tensor] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(config: Config, output: str | Path, resume: bool = False) -> TrainResult:
+    """What the run left behind, after training `config.train.steps` steps into the folder `output`.
+
+    `resume` goes on from the newest checkpoint there, and starts where there is none. Raises `MvwanError` before anything is
+    written when the settings, the data, the checkpoint or the folder do not fit, and during training when a loss or gradient is
+    not finite or the movement proof fails.
+    """
+    output = Path(output)
+    found = _checkpoint_to_resume(output, resume)
+    accelerator = _accelerator(config, output)
+    try:
+        state = _build(config, output, accelerator, found)
+        loop(state)
+        accelerator.wait_for_everyone()
+        return _result(state)
+    finally:
+        accelerator.end_training()
+        # Accelerate keeps its settings in class variables: the next run of this process would inherit them.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+# ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def loop(state: State) -> None:
+    """Trains to `config.train.steps`. Order: fetch -> step (loss, backward, update) -> prove -> log -> save -> evaluate."""
+    config, accelerator = state.config.train, state.accelerator
+    _evaluate_if_due(state)
+    bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=not accelerator.is_main_process, mininterval=_redraw_s())
+    with bar:
+        while state.step < config.steps:
+            start = time.perf_counter()
+            batches = [next(state.windows).check().to(accelerator.device) for _ in range(config.gradient_accumulation)]
+            info = train_step(state, batches)
+            info["seconds"] = time.perf_counter() - start
+            _prove_if_due(state, info["gradient_norms"])
+            if state.step % config.log_every == 0 or state.step == config.steps:
+                _log(state, {"kind": "train", "step": state.step, **info})
+            if state.step % config.save_every == 0 or state.step == config.steps:
+                save(state)
+            _evaluate_if_due(state)
+            bar.set_postfix(loss=f"{info['loss']:.4f}", refresh=False)
+            bar.update()
+
+
+def train_step(state: State, batches: Sequence[Batch]) -> dict[str, Any]:
+    """Losses, gradient norms and learning rates of one optimizer update on `batches`, one per micro-batch. `state.step` is one higher."""
+    config, accelerator = state.config.train, state.accelerator
+    rgb_count, heat_count = _counts_of_step(state, batches)
+    # Accelerate divides by the micro-batches and DDP by the processes; the loss is a sum of shares already.
+    undivided = accelerator.num_processes * len(batches)
+    sums, broken = torch.zeros(2, device=accelerator.device), []
+    norms: dict[str, float] = {}
+    norm = 0.0
+    for number, batch in enumerate(batches, start=1):
+        with accelerator.accumulate(state.module):
+            errors = state.module(batch, state.config.seed, state.step)
+            accelerator.backward(flow.total_loss(errors, rgb_count, heat_count, config.rgb_weight) * undivided)
+            sums += torch.stack([errors.rgb_sum.sum(), errors.heat_sum.sum()]).detach()
+            finite = torch.isfinite(errors.rgb_sum + errors.heat_sum).tolist()
+            broken += [name for name, is_finite in zip(batch.sample_ids, finite, strict=True) if not is_finite]
+            assert accelerator.sync_gradients == (number == len(batches)), "accelerate counts other micro-batches than the loop"
+            if accelerator.sync_gradients:
+                norms = gradient_norms(state.own.model, state.own.table)
+                norm = float(accelerator.clip_grad_norm_(state.own.parameters(), config.max_gradient_norm or math.inf))
+                _stop_unless_finite(state, broken, norm, batches)
+                rates = {group["group"]: group["lr"] for group in state.optimizer.param_groups}
+                state.optimizer.step()
+                state.schedule.step()
+                state.optimizer.zero_grad()
+    state.step += 1
+    _update_ema(state)
+    sums = accelerator.reduce(sums, "sum").tolist()
+    rgb, heat = sums[0] / max(rgb_count, 1), sums[1] / max(heat_count, 1)
+    loss = config.rgb_weight * rgb + (1 - config.rgb_weight) * heat
+    return {"loss": loss, "rgb_loss": rgb, "heat_loss": heat, "gradient_norm": norm, "gradient_norms": norms, "learning_rates": rates}
+
+
+def _counts_of_step(state: State, batches: Sequence[Batch]) -> tuple[int, int]:
+    """(rgb, heat) elements in the loss of this step, over all micro-batches and processes: the masks are known before any forward pass."""
+    counts = [flow.stream_counts(batch.latents.shape, batch.heat_valid, state.config.train.condition_frames) for batch in batches]
+    mine = torch.stack([torch.stack([rgb.sum(), heat.sum()]) for rgb, heat in counts]).sum(0)
+    rgb, heat = state.accelerator.reduce(mine, "sum").tolist()
+    return rgb, heat
+
+
+def _stop_unless_finite(state: State, broken: list[str], norm: float, batches: Sequence[Batch]) -> None:
+    """Nothing, or `MvwanError` on every process when a loss or gradient of any of them is NaN or infinite. Called before the update."""
+    accelerator = state.accelerator
+    at_fault = torch.tensor(float(bool(broken) or not math.isfinite(norm)), device=accelerator.device)
+    if not accelerator.reduce(at_fault, "sum"):
+        return
+    everyone = broken or [name for batch in batches for name in batch.sample_ids if not math.isfinite(norm)]
+    losses = gather_object(broken)
+    names = losses or gather_object(everyone)
+    raise MvwanError(
+        f"step {state.step + 1}: the {'loss' if losses else 'gradient'} is NaN or infinite; samples: {', '.join(sorted(names))}. "
+        "Stopped before the update, nothing was saved. Look at these windows in the data, or lower train.learning_rate."
+    )
+
+
+@torch.no_grad()
+def _update_ema(state: State) -> None:
+    for name, parameter in parameters_by_name(state.own.model).items() if state.ema else ():
+        if name in state.ema:
+            state.ema[name].lerp_(parameter, 1 - state.config.train.ema_decay)
+
+
+def learning_rate_factor(step: int, warmup_steps: int, steps: int, schedule: str) -> float:
+    """What the learning rate of update `step` (counted from 0) is multiplied with: linear over `warmup_steps`, then constant or cosine to 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))))
+
+
+def _prove_if_due(state: State, norms: Mapping[str, float]) -> None:
+    if state.proof is None or state.step != state.proof_step:
+        return
+    report: MovementReport = state.proof.check(state.own.model, state.step - state.first_step, norms)
+    state.proof = None
+    if state.accelerator.is_main_process:
+        write_json(state.output / "movement.json", {"first_step": state.first_step, **report.to_json()})
+
+
+# ── once in a while: log, save, evaluate ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _log(state: State, line: dict[str, Any]) -> None:
+    state.history.append(line)
+    if state.accelerator.is_main_process:
+        with open(state.output / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json_line(line))
+    flat = {f"{line['kind']}/{name}": value for name, value in _flat(line).items() if name not in ("kind", "step")}
+    state.accelerator.log(flat, step=line["step"])
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def save(state: State) -> None:
+    """Nothing; the checkpoint of this step is on the disk, whole. Trained tensors are the same on every process; the main one writes."""
+    if state.accelerator.is_main_process:
+        moments, updates = _optimizer_tensors(state)
+        checkpoint.save_checkpoint(
+            state.output,
+            state.step,
+            state.own.saved_tensors(),
+            state.manifest,
+            moments,
+            {"optimizer_step": updates, "random": "data order, sigma and noise are functions of (seed, step, sample id)"},
+            ema=state.ema or None,
+            keep_last=state.config.train.keep_last,
+        )
+    state.accelerator.wait_for_everyone()
+
+
+def _optimizer_tensors(state: State) -> tuple[dict[str, torch.Tensor], int]:
+    """({`exp_avg/<name>`, `exp_avg_sq/<name>`}, updates done by the optimizer)."""
+    parameters = parameters_by_name(state.own.model)
+    moments: dict[str, torch.Tensor] = {}
+    updates = set()
+    for name in state.own.table.trainable_names:
+        entry = state.optimizer.state[parameters[name]]
+        updates.add(int(entry["step"]))
+        moments |= {f"{key}/{name}": entry[key] for key in ("exp_avg", "exp_avg_sq")}
+    assert len(updates) == 1, f"some tensors were updated more often than others: {updates}"
+    return moments, updates.pop()
+
+
+def _load_optimizer(optimizer: Any, own: HeatmapWanTrainingModule, folder: Path) -> None:
+    moments, state = checkpoint.read_optimizer(folder)
+    parameters = parameters_by_name(own.model)
+    wanted = {f"{key}/{name}" for name in own.table.trainable_names for key in ("exp_avg", "exp_avg_sq")}
+    if wanted != moments.keys():
+        raise MvwanError(f"{folder}: its optimizer state is of other tensors: {', '.join(sorted(wanted ^ moments.keys())[:3])}")
+    for name in own.table.trainable_names:
+        parameter = parameters[name]
+        entry = {key: moments[f"{key}/{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(float(state["optimizer_step"])), **entry}
+
+
+def _evaluate_if_due(state: State) -> None:
+    """Held-out losses per sigma band and stream, at fixed sigma and noise: before the first step, every so often, and at the end."""
+    config = state.config.train
+    done = any(line["kind"] == "held_out" and line["step"] == state.step for line in state.history)
+    due = config.evaluate_every and (state.step % config.evaluate_every == 0 or state.step == config.steps)
+    if state.held_out is None or done or not due:
+        return
+    start = time.perf_counter()
+    chosen = np.unique(np.linspace(0, len(state.held_out) - 1, config.evaluate_windows).round().astype(int)).tolist()
+    mine = chosen[state.accelerator.process_index :: state.accelerator.num_processes]
+    bands = {name: _held_out_loss(state, (low + high) / 2, mine) for low, high, name in flow.sigma_bands()}
+    means = {name: sum(band[name] for band in bands.values()) / len(bands) for name in ("loss", "rgb_loss", "heat_loss")}
+    line = {"kind": "held_out", "step": state.step, **means, "bands": bands, "windows": len(chosen)}
+    _log(state, {**line, "seconds": time.perf_counter() - start})
+
+
+@torch.no_grad()
+def _held_out_loss(state: State, sigma: float, indices: Sequence[int]) -> dict[str, float]:
+    config, accelerator = state.config, state.accelerator
+    assert state.held_out is not None
+    totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    for start in range(0, len(indices), config.train.batch_size):
+        batch = state.held_out.batch(indices[start : start + config.train.batch_size]).check().to(accelerator.device)
+        errors = state.own(batch, config.seed, HELD_OUT_STEP, torch.full((len(batch.sample_ids),), sigma))
+        totals += torch.stack([value.sum().double() for value in (errors.rgb_sum, errors.rgb_count, errors.heat_sum, errors.heat_count)])
+    rgb_sum, rgb_count, heat_sum, heat_count = accelerator.reduce(totals, "sum").tolist()
+    rgb, heat = rgb_sum / max(rgb_count, 1), heat_sum / max(heat_count, 1)
+    weight = config.train.rgb_weight
+    return {"loss": weight * rgb + (1 - weight) * heat, "rgb_loss": rgb, "heat_loss": heat}
+
+
+# ── build ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _checkpoint_to_resume(output: Path, resume: bool) -> Path | None:
+    found = checkpoint.latest_checkpoint(output)
+    if found is not None and not resume:
+        raise MvwanError(f"{output}: holds a run at {found.name}. Use --resume to go on with it, or another output folder.")
+    return found
+
+
+def _accelerator(config: Config, output: Path) -> Accelerator:
+    """The one place where accelerate is set up. Raises `MvwanError` for a launch or a tracker that cannot work."""
+    # `accelerate launch --num_processes 2` on a CPU names a port for two processes and starts one.
+    if "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        raise MvwanError(
+            "accelerate launch was asked for several processes and started one, as it does on a CPU. Add --multi_gpu, which works "
+            "without a GPU too, and leave --cpu out: accelerate launch --multi_gpu --num_processes 2 ..."
+        )
+    tracker = config.train.tracker
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise MvwanError(
+            f"train.tracker={tracker}: the package {tracker} is not installed. Run `pip install {tracker}`, or set train.tracker=none."
+        )
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.train.precision,
+        # A plugin, since the plain argument gives way to an environment variable.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.gradient_accumulation, sync_with_dataloader=False),
+        log_with=None if tracker == "none" else tracker,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    assert accelerator.num_processes == launched, f"{launched} processes were launched, accelerate sees {accelerator.num_processes}"
+    return accelerator
+
+
+def _build(config: Config, output: Path, accelerator: Accelerator, found: Path | None) -> State:
+    """The state before the first step of this process. Every check comes before the first byte is written."""
+    episodes = read_episodes(config.data.root, config.data.cameras)
+    training, held_out = (WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation"))
+    start_from = found or config.train.from_checkpoint
+    dry = HeatmapWanTrainingModule(config=config, checkpoint=start_from, device="meta", print_banners=False)
+    manifest = _manifest(config, dry, accelerator.num_processes, training.fingerprint)
+    step = 0
+    if found is not None:
+        saved = checkpoint.read_manifest(found)
+        checkpoint.check_resume(saved, manifest, found)
+        step = saved["step"]
+    caches = _latents(config, output, accelerator, training, held_out)
+
+    own = HeatmapWanTrainingModule(config=config, checkpoint=start_from, print_banners=accelerator.is_main_process)
+    groups = optimizer_groups(own.model, own.groups)
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    optimizer = torch.optim.AdamW(groups, betas=config.train.adam_betas)
+    module, prepared = accelerator.prepare(own, optimizer)
+    verify_trainable(own.model, own.table, prepared)
+    if found is not None:
+        _load_optimizer(optimizer, own, found)
+    state = State(
+        config=config,
+        output=output,
+        accelerator=accelerator,
+        module=module,
+        own=own,
+        optimizer=prepared,
+        schedule=_schedule(optimizer, config.train, step),
+        windows=_windows(config, caches[0], accelerator, step),
+        held_out=caches[1],
+        manifest=manifest,
+        proof=None,
+        proof_step=min(step + config.train.movement_step, config.train.steps),
+        step=step,
+        first_step=step,
+        ema=_initial_ema(config, own, found),
+        history=_history(output, step) if found is not None else [],
+    )
+    if state.proof_step - step >= MINIMUM_STEPS:
+        state.proof = MovementProof(own.model, own.table)
+        state.proof.snapshot()
+    if accelerator.is_main_process:
+        _introduce(state, training)
+    accelerator.init_trackers("mvwan")
+    return state
+
+
+def _manifest(config: Config, module: HeatmapWanTrainingModule, num_processes: int, fingerprint: str) -> dict[str, Any]:
+    identity = module.identity()
+    return {
+        "base": {"id": config.base.source, "digest": identity["base"]},
+        "views": identity["views"],
+        "fusion": identity["fusion"],
+        "heads": ["rgb", "heatmap"],
+        "unfreeze_modulation_and_norms": config.unfreeze_modulation_and_norms,
+        "lora": {"rank": identity["rank"], "alpha": identity["alpha"]},
+        "groups": module.saved_groups(),
+        "seed": config.seed,
+        "items_per_step": config.train.batch_size * config.train.gradient_accumulation * num_processes,
+        "data": {"root": config.data.root, "fingerprint": fingerprint},
+        "config": config.to_dict(),
+    }
+
+
+def _latents(
+    config: Config, output: Path, accelerator: Accelerator, training: WindowDataset, held_out: WindowDataset
+) -> tuple[LatentCache, LatentCache | None]:
+    """The latent caches of both splits. The main process encodes what is missing; VAE and text encoder are gone before the model comes."""
+    folder = Path(config.data.cache or output / "latents")
+    splits = [training, held_out] if len(held_out) else [training]
+    sigma_px = config.data.heatmap_sigma_px
+    if accelerator.is_main_process:
+        codec = LatentCodec.load(config.base.codec or config.base.source, config.data.text_tokens)
+        for split in splits:
+            build_cache(split, codec, folder, sigma_px)
+        del codec
+    accelerator.wait_for_everyone()
+    caches = [LatentCache.open(folder, split) for split in splits]
+    return caches[0], caches[1] if len(caches) > 1 else None
+
+
+class _MicroBatches(Dataset[Batch]):
+    """Micro-batch by its item numbers, for a `DataLoader` that only fetches."""
+
+    def __init__(self, cache: LatentCache) -> None:
+        self.cache = cache
+
+    def __getitem__(self, items: Any) -> Batch:
+        return self.cache.batch(items)
+
+
+def _windows(config: Config, cache: LatentCache, accelerator: Accelerator, first_step: int) -> Iterator[Batch]:
+    """This process's micro-batches from `first_step` to the end."""
+    items = _items(config.train, config.seed, len(cache), accelerator.num_processes, accelerator.process_index, first_step)
+    loader = DataLoader(
+        _MicroBatches(cache), batch_size=None, sampler=items, num_workers=config.train.num_workers, collate_fn=lambda batch: batch
+    )
+    return iter(loader)
+
+
+def _items(train: TrainConfig, seed: int, num_items: int, num_processes: int, process: int, first_step: int) -> Iterator[list[int]]:
+    """Item numbers of each micro-batch of one process. The windows of a step are the same however processes and micro-batches cut it."""
+    for step in range(first_step, train.steps):
+        shape = (train.gradient_accumulation, num_processes, train.batch_size)
+        yield from global_indices(seed, step, math.prod(shape), num_items).reshape(shape)[:, process].tolist()
+
+
+def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, step: int) -> LambdaLR:
+    """One factor per parameter group, stepped by the loop once per update. Not handed to accelerate, which steps once per process."""
+
+    def factor_of(warmup_steps: int) -> Any:
+        return lambda update: learning_rate_factor(update, warmup_steps, train.steps, train.schedule)
+
+    return LambdaLR(optimizer, [factor_of(group["warmup_steps"]) for group in optimizer.param_groups], last_epoch=step - 1)
+
+
+def _initial_ema(config: Config, own: HeatmapWanTrainingModule, found: Path | None) -> dict[str, torch.Tensor]:
+    if not config.train.ema_decay:
+        return {}
+    parameters = parameters_by_name(own.model)
+    start = parameters if found is None else checkpoint.load_trained(found, ema=True).tensors
+    return {name: start[name].detach().to(parameters[name].device, copy=True) for name in own.saved_tensors()}
+
+
+def _history(output: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` up to `step`: what a killed run did after its last checkpoint is done again."""
+    path = output / "metrics.jsonl"
+    lines = [json.loads(line) for line in read_text(path).splitlines() if line.endswith("}")] if path.is_file() else []
+    return [line for line in lines if line["step"] <= step]
+
+
+def _introduce(state: State, training: WindowDataset) -> None:
+    """Writes what a run is known by, and shows what trains."""
+    config, output = state.config, state.output
+    write_file(output / "config.yaml", dump_yaml(config))
+    write_json(output / "table.json", state.own.table.to_json(config.base.source, config.model.views, config.model.fusion))
+    write_file(output / "metrics.jsonl", "".join(json_line(line) for line in state.history))
+    if state.first_step == 0:
+        items = next(_items(config.train, config.seed, len(training) * training.num_variants, 1, 0, 0))
+        write_file(output / "first_batch.png", pictures.png(_first_batch(training, items, config.data.heatmap_sigma_px)))
+    for line in state.own.fit.describe() if state.own.fit else ():
+        print(f"checkpoint: {line}")
+    if state.first_step:
+        print(f"going on at step {state.first_step} of {config.train.steps}")
+
+
+def _first_batch(training: WindowDataset, items: Sequence[int], sigma_px: float, at_most: int = 4) -> np.ndarray:
+    """[H W 3] uint8: a row per window and view, frames from left to right, the heatmap in its colours laid over each picture."""
+    rows = []
+    for item in items[:at_most]:
+        sample = training.sample(*divmod(item, training.num_variants))
+        height_px, width_px = sample.rgb.shape[2:4]
+        share = 0.8 * render(sample.uv_px, sample.visible, height_px, width_px, sigma_px)[..., None]
+        blend = (sample.rgb * (1 - share) + heat_video(sample, sigma_px) * share).round().astype(np.uint8)
+        rows.append(blend[:, list(pictures.columns_shown(blend.shape[1]))])
+    return pictures.grid(np.concatenate(rows))
+
+
+def _result(state: State) -> TrainResult:
+    steps = [line for line in state.history if line["kind"] == "train"]
+    evaluations = [line for line in state.history if line["kind"] == "held_out"]
+    movement = state.output / "movement.json"
+    found = checkpoint.latest_checkpoint(state.output)
+    assert found is not None
+    return TrainResult(
+        step=state.step,
+        losses={name: steps[-1][name] for name in ("loss", "rgb_loss", "heat_loss")},
+        held_out=evaluations[-1] if evaluations else None,
+        movement=read_json(movement) if movement.is_file() else None,
+        checkpoint=found,
+        history=state.history,
+    )
+
+
+def _redraw_s() -> float:
+    """Seconds between redraws of the progress bar: rarely where its lines end up in a file."""
+    return 0.1 if sys.stderr.isatty() else 10

@@ -1,0 +1,314 @@
+"""The older system's command line: every flag sets what it says or is refused, both banners to the character, both launch scripts.
+
+The launch scripts run whole: `accelerate launch` on the CPU, the tiny Wan, a recorded dataset, two steps.
+"""
+
+import importlib.util
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mvwan.config import Config
+from mvwan.errors import MvwanError
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
+PRETRAIN, FINETUNE = SCRIPTS / "Wan2.2-TI2V-5B_mvtrack_pretrain.sh", SCRIPTS / "Wan2.2-TI2V-5B_heatmap_rgb_mv_3.sh"
+BASE = str(ROOT / "tests" / "golden" / "base.safetensors")
+RULE = "=" * 80
+
+KEEPING_FROZEN = f"""
+{RULE}
+ℹ️  MODULATION PARAMETERS: KEEPING FROZEN (Backward Compatible)
+{RULE}
+  Modulation parameters will stay frozen (using pretrained values).
+  To unfreeze, add --unfreeze_modulation_and_norms flag.
+{RULE}
+
+"""
+UNFREEZING = f"""
+{RULE}
+⚡ MODULATION PARAMETER UNFREEZING
+{RULE}
+
+✅ Unfroze 30 modulation parameters:
+  📦 AdaLN modulation: 30 parameters
+  📊 Total: 552,960 parameters (~0.55M)
+
+💡 训练策略:
+  - Modulation: 全量训练（适应新任务的时间步调制模式）
+{RULE}
+
+"""
+MULTI_VIEW_ON = f"""
+{RULE}
+MULTI-VIEW MODULE PARAMETER UNFREEZING
+{RULE}
+
+✅ Unfroze 390 parameter(s):
+
+  📦 Projector (全量训练): 60 parameters
+  📦 Modulation_mvs (全量训练): 30 parameters
+  📦 MVS_Attn LoRA (LoRA训练): 240 parameters
+  📦 MVS_Attn Norms (全量训练): 60 parameters
+
+💡 训练策略:
+  - Projector & Modulation_mvs: 全量训练（从零开始学习）
+  - MVS_Attn: LoRA微调（利用预训练知识，节省显存）
+  - MVS_Attn norm_q/norm_k: 全量训练（适应多视角特征分布）
+{RULE}
+
+"""
+MULTI_VIEW_OFF = "".join(
+    line for line in MULTI_VIEW_ON.replace("390", "330").splitlines(keepends=True) if "Norms" not in line and "norm_q/norm_k" not in line
+)
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("heatmap_train_mv", SCRIPTS / "heatmap_train_mv.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def config_of(script: ModuleType) -> Callable[..., Config]:
+    """Flags -> the config they stand for."""
+
+    def of(*flags: str, roots: tuple[str, ...] = ("--heatmap_data_root", "data")) -> Config:
+        return script.config_of(script.make_parser().parse_args(["--base", BASE, *roots, *flags]))
+
+    return of
+
+
+def test_banners_of_the_5b_with_the_switch_off(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    script.run(["--base", "wan2.2-ti2v-5b", "--dry_run"])
+    assert capsys.readouterr().out == KEEPING_FROZEN + MULTI_VIEW_OFF
+
+
+def test_banners_of_the_5b_with_the_switch_on(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    script.run(["--base", "wan2.2-ti2v-5b", "--dry_run", "--unfreeze_modulation_and_norms"])
+    assert capsys.readouterr().out == UNFREEZING + MULTI_VIEW_ON
+
+
+def test_only_the_main_process_prints_banners(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    script.run(["--base", BASE, "--dry_run"])
+    assert capsys.readouterr().out == ""
+
+
+SET = {
+    "learning_rate": ("3e-5", 3e-5),
+    "weight_decay": ("0.02", 0.02),
+    "max_grad_norm": ("0.5", 0.5),
+    "warmup_steps": ("7", 7),
+    "train_batch_size": ("3", 3),
+    "gradient_accumulation_steps": ("5", 5),
+    "dataset_num_workers": ("2", 2),
+    "logging_steps": ("4", 4),
+    "rgb_loss_weight": ("0.08", 0.08),
+    "lora_rank": ("16", 16),
+    "height": ("128", 128),
+    "width": ("192", 192),
+    "step_interval": ("2", 2),
+    "num_views": ("4", 4),
+}
+
+
+def _field(config: Config, dotted: str) -> object:
+    value: object = config
+    for name in dotted.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def test_every_mapped_flag_is_tried(script: ModuleType) -> None:
+    assert set(SET) == set(script.MAPPED)
+
+
+@pytest.mark.parametrize("flag", SET)
+def test_a_flag_sets_its_field(script: ModuleType, config_of: Callable[..., Config], flag: str) -> None:
+    text, value = SET[flag]
+    field = script.MAPPED[flag][2]
+    assert _field(config_of(f"--{flag}", text), field) == value
+    assert _field(config_of(), field) == script.MAPPED[flag][1], "the older default"
+
+
+def test_switches_and_paths(config_of: Callable[..., Config]) -> None:
+    plain = config_of()
+    assert (plain.unfreeze_modulation_and_norms, plain.model.gradient_checkpointing, plain.train.from_checkpoint) == (False, False, None)
+    config = config_of(
+        "--unfreeze_modulation_and_norms", "--use_gradient_checkpointing", "--lora_checkpoint", "old.safetensors", "--enable_swanlab"
+    )
+    assert (config.unfreeze_modulation_and_norms, config.model.gradient_checkpointing) == (True, True)
+    assert (config.train.from_checkpoint, config.train.tracker, config.data.root) == ("old.safetensors", "swanlab", "data")
+
+
+def test_what_was_always_so_is_accepted(config_of: Callable[..., Config]) -> None:
+    always = "--use_dual_head --find_unused_parameters --colormap_name jet --dataloader_pin_memory false --remove_prefix_in_ckpt pipe.dit."
+    assert config_of(*always.split(), "--extra_inputs", "input_image,input_image_rgb,input_video_rgb") == config_of()
+
+
+def test_frames(config_of: Callable[..., Config]) -> None:
+    assert config_of().data.num_frames == 25
+    assert config_of("--sequence_length", "12").data.num_frames == 13
+    assert config_of("--num_frames", "9").data.num_frames == 9
+    mvtrack = config_of(roots=("--mvtrack_data_root", "data"))
+    assert (mvtrack.data.num_frames, mvtrack.data.heatmap_sigma_px, mvtrack.data.root) == (13, 5.0, "data")
+    history = config_of("--wan_type", "5B_TI2V_RGB_HEATMAP_MV_HISTORY", "--num_history_frames", "5", "--sequence_length", "8")
+    assert (history.data.num_frames, history.train.condition_frames) == (13, 2)
+
+
+def test_timestep_boundaries_are_shares_of_a_schedule_that_starts_at_noise(config_of: Callable[..., Config]) -> None:
+    flow = config_of("--min_timestep_boundary", "0.25", "--max_timestep_boundary", "0.75").flow
+    assert (flow.sigma_min, flow.sigma_max) == (0.25, 0.75)
+    flow = config_of("--max_timestep_boundary", "0.4").flow
+    assert (flow.sigma_min, flow.sigma_max) == (0.6, 1.0)
+
+
+def test_adapters(config_of: Callable[..., Config]) -> None:
+    everywhere = config_of().trainable.lora
+    assert everywhere.self_attention
+    assert everywhere.ffn
+    no_ffn = config_of("--lora_target_modules", "q,k,v,o").trainable.lora
+    assert no_ffn.view_attention
+    assert not no_ffn.ffn
+    none = config_of("--lora_base_model", "").trainable.lora
+    assert not any((none.self_attention, none.cross_attention, none.view_attention, none.ffn))
+
+
+def test_trainable_models_dit_trains_every_parameter(config_of: Callable[..., Config]) -> None:
+    from mvwan.training_module import HeatmapWanTrainingModule
+
+    config = config_of("--trainable_models", "dit", "--lora_base_model", "")
+    table = HeatmapWanTrainingModule(config=config, device="meta", print_banners=False).table
+    assert table.trainable_parameters == table.total_parameters > 0
+
+
+def test_augmentation(config_of: Callable[..., Config]) -> None:
+    assert config_of().data.augment.variants == 4
+    assert config_of("--disable_augmentation").data.augment.variants == 0
+    given = config_of("--augmentation_variants", "2", "--transform_augmentation_rpy", "5.0,5.0,10.0").data.augment
+    assert (given.variants, given.rotation_deg) == (2, (5.0, 5.0, 10.0))
+
+
+def test_set_has_the_last_word(config_of: Callable[..., Config]) -> None:
+    assert config_of("--lora_rank", "16", "--set", "trainable.lora.rank=4").trainable.lora.rank == 4
+
+
+def test_model_paths(script: ModuleType) -> None:
+    def base_of(*flags: str) -> str:
+        return script.base_of(script.make_parser().parse_args(flags))
+
+    assert base_of() == "wan2.2-ti2v-5b"
+    assert base_of("--model_paths", '[["m/dit-1.safetensors", "m/dit-2.safetensors"]]') == "m"
+    assert base_of("--model_paths", '["m/dit.safetensors"]') == "m/dit.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--trail_start 1", "trail"),
+        ("--trail_end 50", "trail"),
+        ("--scene_bounds=0,-0.5,0,1,0.5,1", "trail"),
+        ("--use_merged_pointcloud", "trail"),
+        ("--use_different_projection", "trail"),
+        ("--transform_augmentation_xyz 0.1,0.1,0.1", "metres"),
+        ("--model_id_with_origin_paths Wan-AI/Wan2.2-TI2V-5B:*.pth", "--base"),
+        ("--swanlab_api_key 0000", "keys"),
+        ("--swanlab_project p", "output folder"),
+        ("--swanlab_experiment e", "output folder"),
+        ("--colormap_name viridis", "JET"),
+        ("--dataloader_pin_memory true", "pinned"),
+        ("--remove_prefix_in_ckpt model.", "prefix"),
+        ("--extra_inputs camera", "camera"),
+        ("--trainable_models vae", "transformer"),
+        ("--lora_base_model text_encoder", "transformer"),
+        ("--trainable_models dit", "--lora_base_model ''"),
+        ("--lora_target_modules q,v", "q,k,v,o"),
+        ("--wan_type 14B_I2V", "5B_TI2V_RGB_HEATMAP_MV"),
+        ("--num_history_frames 5", "5B_TI2V_RGB_HEATMAP_MV_HISTORY"),
+        ("--num_history_frames 2 --wan_type 5B_TI2V_RGB_HEATMAP_MV_HISTORY", "1 + 4N"),
+        ("--num_frames 24 --sequence_length 24", "25"),
+        ("--sequence_length 10", "nearest are 9 and 13"),
+        ("--min_trail_length 26", "window"),
+        ("--height 250", "multiple of 32"),
+        ("--rgb_loss_weight 2", "between 0 and 1"),
+        ("--disable_augmentation --augmentation_variants 2", "leave one out"),
+        ("--transform_augmentation_rpy 5", "three numbers"),
+        ("--mvtrack_data_root other", "2 dataset folders"),
+        ("--model_paths m.safetensors", "both name the base"),
+        ("--learning_rate fast", "fast"),
+        ("--learning_rat 1", "--learning_rat"),
+        ("--set train.step=3", "train.steps"),
+    ],
+)
+def test_refusals_name_the_flag_and_the_reason(config_of: Callable[..., Config], flags: str, said: str) -> None:
+    with pytest.raises(MvwanError) as refused:
+        config_of(*flags.split())
+    sentence = str(refused.value)
+    assert said in sentence
+    assert "\n" not in sentence
+    assert "0000" not in sentence, "a key must not be repeated"
+
+
+def test_pickled_weights_are_refused(script: ModuleType) -> None:
+    args = script.make_parser().parse_args(
+        ["--model_paths", '[["m/a.safetensors"], "m/models_t5_umt5-xxl-enc-bf16.pth", "m/Wan2.2_VAE.pth"]']
+    )
+    with pytest.raises(MvwanError, match=r"models_t5.*pickled"):
+        script.base_of(args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps", "save_every"),
+    [
+        ("", 5 * 13, 500),
+        ("--num_epochs 2 --dataset_repeat 3", 2 * 38, 500),
+        ("--save_steps 9", 5 * 13, 9),
+        ("--save_steps 0", 5 * 13, 13),
+        ("--save_steps 0 --save_epochs_interval 2", 5 * 13, 26),
+        ("--save_epochs_interval 2", 5 * 13, 26),
+        ("--max_steps 4", 4, 500),
+        ("--debug_mode", 10, 500),
+    ],
+)
+def test_epochs_become_steps(script: ModuleType, config_of: Callable[..., Config], flags: str, steps: int, save_every: int) -> None:
+    """100 windows over 2 processes, 2 per process, accumulated twice: 8 per step, 12.5 steps per epoch."""
+    both = [*flags.split(), "--train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    args = script.make_parser().parse_args(both)
+    config = script.with_schedule(args, config_of(*both), num_windows=100, processes=2)
+    assert (config.train.steps, config.train.save_every) == (steps, save_every)
+
+
+def launch(script_file: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """One launch script, run to its end with these environment variables."""
+    environment = {name: value for name, value in os.environ.items() if name != "UNFREEZE_MODULATION_AND_NORMS"}
+    command = ["bash", str(script_file), *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment | variables, cwd=ROOT)
+
+
+@pytest.mark.parametrize("script_file", [PRETRAIN, FINETUNE])
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"HEATMAP_DATA_ROOT": "no/such", "MVTRACK_DATA_ROOT": "no/such"}, "no/such"),
+        ({"UNFREEZE_MODULATION_AND_NORMS": "yes"}, "UNFREEZE_MODULATION_AND_NORMS=yes"),
+    ],
+)
+def test_a_launch_script_refuses_in_one_sentence(tmp_path: Path, script_file: Path, variables: dict[str, str], said: str) -> None:
+    output = tmp_path / "run"
+    done = launch(script_file, MODEL_BASE_PATH=BASE, OUTPUT_PATH=str(output), **variables)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert said in done.stderr
+    assert not output.exists()

@@ -1,0 +1,81 @@
+"""The whole way round: point -> project -> render -> (colours) -> peak -> lift -> the same point."""
+
+import numpy as np
+import pytest
+
+from mvwan.cameras import Camera, look_at
+from mvwan.heatmaps import colour, peak, render, uncolour
+from mvwan.trajectory import lift, smooth
+
+SIZE_PX = 256
+FOCAL_PX = 0.5 * SIZE_PX / np.tan(np.radians(45) / 2)
+POSES = {
+    "left": ((-1.0, -0.7, 0.7), (0, 0, 0.1), (0, 0, 1)),
+    "right": ((1.0, -0.7, 0.7), (0, 0, 0.1), (0, 0, 1)),
+    "top": ((0, 0, 1.4), (0, 0, 0), (0, 1, 0)),
+}
+
+
+@pytest.fixture
+def rig():
+    intrinsics = np.array([[FOCAL_PX, 0, SIZE_PX / 2], [0, FOCAL_PX, SIZE_PX / 2], [0, 0, 1]])
+    return tuple(
+        Camera(name=name, width_px=SIZE_PX, height_px=SIZE_PX, intrinsics=intrinsics, world_to_camera=look_at(*pose))
+        for name, pose in POSES.items()
+    )
+
+
+def seen_by(cameras, points):
+    projected = [camera.project(points) for camera in cameras]
+    visible = np.stack([camera.inside(*seen) for camera, seen in zip(cameras, projected, strict=True)])
+    return np.stack([uv_px for uv_px, _ in projected]), visible
+
+
+@pytest.mark.parametrize("sigma_px", [1.5, 2.0, 2.5])
+@pytest.mark.parametrize("coloured", [False, True], ids=["heat", "jet"])
+def test_a_point_returns_within_2_mm(rig, sigma_px, coloured):
+    points = np.random.default_rng(0).uniform((-0.25, -0.25, 0), (0.25, 0.25, 0.25), (15, 3))
+    uv_px, visible = seen_by(rig, points)
+    assert visible.all()
+    heat = render(uv_px, visible, SIZE_PX, SIZE_PX, sigma_px)
+    found, residual_px = lift(*peak(uncolour(colour(heat)) if coloured else heat), rig)
+    error_mm = 1000 * np.linalg.norm(found - points, axis=-1)
+    assert error_mm.max() < (0.05 if coloured else 0.005), "far inside the 2 mm that are promised"
+    assert residual_px.max() < 0.02
+
+
+def test_a_view_that_does_not_see_the_point_is_left_out(rig):
+    points = np.array([[0, 0, 0.1], [0.62, 0.0, 0.1], [0, -5.0, 0.1]])
+    uv_px, visible = seen_by(rig, points)
+    assert visible.sum(axis=0).tolist() == [3, 2, 0]
+    found, residual_px = lift(*peak(render(uv_px, visible, SIZE_PX, SIZE_PX, 2.0)), rig)
+    np.testing.assert_allclose(found[:2], points[:2], atol=1e-5)
+    assert np.isnan(found[2]).all()
+    assert np.isnan(residual_px).tolist() == [False, False, True]
+
+
+def test_residual_tells_that_views_disagree(rig):
+    uv_px, _ = seen_by(rig, np.zeros((4, 3)))
+    uv_px[0, :, 1] += 12
+    _, residual_px = lift(uv_px, np.ones((3, 4)), rig)
+    assert (residual_px > 2).all()
+
+
+def test_smooth_keeps_a_straight_line_and_the_ends():
+    line = np.arange(9)[:, None] * np.array([0.01, -0.02, 0.03])
+    np.testing.assert_allclose(smooth(line, 5), line, atol=1e-15)
+    noisy = line + np.random.default_rng(0).normal(0, 0.01, line.shape)
+    smoothed = smooth(noisy, 5)
+    np.testing.assert_array_equal(smoothed[[0, -1]], noisy[[0, -1]])
+    np.testing.assert_allclose(smoothed[4], noisy[2:7].mean(axis=0))
+    assert np.linalg.norm(smoothed - line) < 0.8 * np.linalg.norm(noisy - line)
+    np.testing.assert_array_equal(smooth(noisy, 1), noisy)
+
+
+def test_smooth_never_fills_a_gap():
+    path = np.arange(7.0)[:, None].repeat(3, axis=1)
+    path[3] = np.nan
+    smoothed = smooth(path, 3)
+    assert np.isnan(smoothed[3]).all()
+    np.testing.assert_allclose(smoothed[2], 1.5)
+    assert np.isfinite(np.delete(smoothed, 3, axis=0)).all()
