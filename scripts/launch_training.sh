@@ -41,6 +41,7 @@
 : "${MASTER_PORT:=29500}"
 : "${MIXED_PRECISION:=bf16}"
 : "${USE_CPU:=false}"
+: "${NUM_CPU_THREADS:=$((($(nproc) + NUM_GPUS - 1) / NUM_GPUS))}"
 
 # is_true NAME: whether the variable NAME is true; anything but true and false stops the script.
 is_true() {
@@ -67,6 +68,7 @@ launch=(
     --main_process_ip "$MASTER_ADDR"
     --main_process_port "$MASTER_PORT"
     --mixed_precision "$MIXED_PRECISION"
+    --num_cpu_threads_per_process "$NUM_CPU_THREADS"
     --dynamo_backend no
 )
 if is_true USE_CPU; then launch+=(--cpu); fi

@@ -14,18 +14,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "mvwan"
 
-# One number, one floor. Halves are steps on a landing: what others of the same floor stand on.
+# A half is a step on the landing of its floor: what files of the same floor stand on, or what stands on them.
 FLOORS: dict[float, tuple[str, ...]] = {
     -1: ("errors",),
     0: ("cameras", "files", "shapes"),
-    1: ("batch", "config", "heatmaps", "metrics", "model.native_names", "model.trainable_table"),
+    1: ("batch", "config", "heatmaps", "metrics", "model.native_names", "model.trainable_table", "pictures", "report_figures"),
     1.5: ("data.episode", "flow"),
-    2: ("data.lerobot", "data.transforms", "model.trainable", "model.wan", "presets", "trajectory"),
-    3: ("checkpoint", "data.dataset", "model.latents", "model.multiview_wan", "model.movement"),
+    2: ("data.lerobot", "data.transforms", "model.trainable", "model.wan", "presets", "report_frames", "trajectory"),
+    3: ("checkpoint", "data.dataset", "model.latents", "model.movement", "model.multiview_wan"),
     4: ("latent_cache", "model.surgery"),
     5: ("sample", "sim.metaworld", "training_module"),
-    6: ("evaluate", "report"),
-    7: ("train",),
+    6: ("evaluate", "optimizer"),
+    6.5: ("run_record",),
+    7: ("report", "train"),
     8: ("bench", "demo"),
     9: ("cli",),
     10: ("__init__", "__main__"),

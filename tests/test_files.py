@@ -104,6 +104,20 @@ def test_json_round_trip_and_its_errors(tmp_path: Path) -> None:
             files.read_json(tmp_path / name)
 
 
+def test_json_lines_without_the_torn_last_one(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    assert files.read_json_lines(path) == []
+    path.write_text(files.json_line({"a": 1}) + files.json_line({"b": float("inf")}) + '{"c": ')
+    assert files.read_json_lines(path) == [{"a": 1}, {"b": "inf"}]
+    path.write_text("{\n{}\n")
+    with pytest.raises(MvwanError, match="not JSON"):
+        files.read_json_lines(path)
+
+
+def test_flatten_joins_the_keys_of_nested_mappings() -> None:
+    assert files.flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": None, "f": {}}, ".") == {"a.b.c": 1, "a.d": [2], "e": None}
+
+
 def test_hashes_depend_on_content_alone(tmp_path: Path) -> None:
     assert files.sha256_json({"a": 1, "b": [1.5]}) == files.sha256_json({"b": [1.5], "a": 1})
     assert files.sha256_json({"a": 1}) != files.sha256_json({"a": 2})

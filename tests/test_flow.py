@@ -8,6 +8,7 @@ import torch
 from mvwan import flow
 from mvwan.config import FlowConfig
 
+torch.set_num_threads(1)  # sizes are tiny: waking threads costs more than they do
 SHAPE = (2, 6, 4, 2, 3)  # V 2C f h w
 IDS = ("drawer-open/000001@0#0", "drawer-open/000001@4#0", "faucet/000003@8#1")
 

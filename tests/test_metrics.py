@@ -115,6 +115,7 @@ def test_hold_first_and_constant_velocity():
     held = metrics.hold_first(line + 5, 1)
     assert held.shape == line.shape
     assert (held == 5).all()
+    assert metrics.hold_first(line, 1, num_given=3)[0, :, 0].tolist() == [0, 1, 2, 2, 2, 2, 2, 2, 2]
     np.testing.assert_allclose(metrics.constant_velocity(line, 1, 5), line)
     bent = line.copy()
     bent[:, 5:] = 77

@@ -4,13 +4,16 @@ The launch scripts run whole: `accelerate launch` on the CPU, the tiny Wan, a re
 """
 
 import importlib.util
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from safetensors import safe_open
 
 from mvwan.config import Config
 from mvwan.errors import MvwanError
@@ -297,6 +300,14 @@ def launch(script_file: Path, *flags: str, **variables: str) -> subprocess.Compl
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment | variables, cwd=ROOT)
 
 
+def test_a_mistake_is_one_sentence_and_exit_code_2() -> None:
+    command = [sys.executable, str(SCRIPTS / "heatmap_train_mv.py"), "--base", BASE, "--heatmap_data_root", "data", "--height", "250"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "data.height_px" in done.stderr
+
+
 @pytest.mark.parametrize("script_file", [PRETRAIN, FINETUNE])
 @pytest.mark.parametrize(
     ("variables", "said"),
@@ -312,3 +323,65 @@ def test_a_launch_script_refuses_in_one_sentence(tmp_path: Path, script_file: Pa
     assert done.stderr.count("\n") == 1, done.stderr
     assert said in done.stderr
     assert not output.exists()
+
+
+TINY = {
+    "MODEL_BASE_PATH": "tiny",
+    "USE_CPU": "true",
+    "NUM_GPUS": "1",
+    "HEIGHT": "64",
+    "WIDTH": "64",
+    "SEQUENCE_LENGTH": "4",
+    "MIN_SEQUENCE_LENGTH": "1",
+    "MIN_TRAIL_LENGTH": "1",
+    "LORA_RANK": "4",
+    "GRADIENT_ACCUMULATION_STEPS": "1",
+    "WARMUP_STEPS": "0",
+    "LEARNING_RATE": "1e-3",
+    "AUGMENTATION_VARIANTS": "0",
+    "STEP_INTERVAL": "1",
+    "HEATMAP_SIGMA": "1.5",
+}
+SHORT = ("--max_steps", "2", "--set", "data.window_stride=20", "--set", "data.text_tokens=32", "--set", "train.evaluate_every=0")
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset of two demonstrations at 64 px."""
+    from mvwan.sim.metaworld import record
+
+    folder = tmp_path_factory.mktemp("recorded") / "dataset"
+    record("button-press-topdown", episodes=2, output=folder, size_px=64, progress=False)
+    return str(folder)
+
+
+def groups_of(run: Path) -> dict[str, bool]:
+    """Group -> whether it trained, from what the run wrote when it started."""
+    return {group["name"]: group["trainable"] for group in json.loads((run / "table.json").read_text(encoding="utf-8"))["groups"]}
+
+
+def saved_names(run: Path) -> set[str]:
+    """Names of the tensors in the run's newest checkpoint."""
+    folder = run / "checkpoints" / (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+    with safe_open(folder / "trained.safetensors", "pt") as file:
+        return set(file.keys())
+
+
+def test_both_launch_scripts_train_and_hand_over(tmp_path: Path, recorded: str) -> None:
+    pretrain, finetune = tmp_path / "pretrain", tmp_path / "finetune"
+    switch = {"UNFREEZE_MODULATION_AND_NORMS": "true"}
+    flags = (*SHORT, "--set", f"data.cache={tmp_path / 'latents'}")
+    done = launch(PRETRAIN, *flags, MVTRACK_DATA_ROOT=recorded, OUTPUT_PATH=str(pretrain), **TINY, **switch)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "MODULATION PARAMETER UNFREEZING" in done.stdout
+    assert groups_of(pretrain)["modulation"]
+    assert groups_of(pretrain)["mvs_norms"]
+    assert {"blocks.0.scale_shift_table", "blocks.0.mvs_attn.norm_q.weight"} <= saved_names(pretrain)
+
+    handed = {"LOAD_PRETRAINED_CHECKPOINT": "true", "PRETRAINED_CHECKPOINT": str(pretrain)}
+    done = launch(FINETUNE, *flags, HEATMAP_DATA_ROOT=recorded, OUTPUT_PATH=str(finetune), **TINY, **handed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "KEEPING FROZEN" in done.stdout
+    assert not groups_of(finetune)["modulation"]
+    assert not groups_of(finetune)["mvs_norms"]
+    assert saved_names(finetune) == saved_names(pretrain), "trained values that came along are kept, frozen"

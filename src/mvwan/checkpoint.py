@@ -41,6 +41,7 @@ from torch import nn
 from mvwan.errors import MvwanError
 from mvwan.files import (
     COMMIT_MARK,
+    flatten,
     is_committed,
     mark_committed,
     read_json,
@@ -434,8 +435,8 @@ def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any], path: str | P
     before = {"base.digest": saved["base"].get("digest"), "data.fingerprint": saved.get("data", {}).get("fingerprint")}
     after = {"base.digest": now["base"]["digest"], "data.fingerprint": now["data"]["fingerprint"]}
     before["windows per step"], after["windows per step"] = saved.get("items_per_step"), now["items_per_step"]
-    before |= _flat(saved["config"])
-    after |= _flat(now["config"])
+    before |= flatten(saved["config"], ".")
+    after |= flatten(now["config"], ".")
     changed = [name for name in after if name in before and before[name] != after[name] and name not in MAY_CHANGE_ON_RESUME]
     changed += [name for name in before if name not in after and name not in MAY_CHANGE_ON_RESUME]
     if changed:
@@ -446,13 +447,3 @@ def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any], path: str | P
         )
     if saved["step"] > after["train.steps"]:
         raise MvwanError(f"{path} is at step {saved['step']}, train.steps={after['train.steps']} ends before. Raise train.steps.")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        elif not isinstance(value, Mapping):
-            flat[f"{prefix}{name}"] = value
-    return flat

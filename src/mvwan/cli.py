@@ -193,7 +193,11 @@ def record(
     from mvwan.sim.metaworld import record as record_demonstrations
 
     report = record_demonstrations(task or ["drawer-open-v3"], episodes, output, seed=seed, size_px=size_px)
-    typer.echo(f"{report}\n{output}")
+    kept, failed = sum(report.episodes.values()), sum(report.failed.values())
+    typer.echo(
+        f"{report.output}: {kept} demonstrations, {report.num_frames} frames per camera, {report.seconds:.1f} s; "
+        f"{failed} layouts on which the expert failed were left out"
+    )
 
 
 @app.command(epilog="Example: mvwan cache --preset tiny --set data.root=data/drawer --output data/drawer-latents")
@@ -212,7 +216,7 @@ def cache(
     codec = LatentCodec.load(config.base.codec or config.base.source, config.data.text_tokens)
     for split, dataset in datasets.items():
         built = build_cache(dataset, codec, output, config.data.heatmap_sigma_px)
-        typer.echo(f"{split}: {len(dataset)} windows in {output} ({len(built)} entries)")
+        typer.echo(f"{split}: {len(built)} entries in {output}, {built.encoded} of them encoded now")
 
 
 @app.command(epilog="Example: mvwan train --preset tiny --set data.root=data/drawer --set train.steps=100 --output runs/first")
@@ -298,7 +302,9 @@ def evaluate(
     """Measure predictions on held-out windows, beside the baseline that holds the first frame."""
     from mvwan.evaluate import evaluate_prediction, render
 
-    result = evaluate_prediction(run, dataset=dataset, windows=windows, denoise_steps=denoise_steps, seed=seed, output=output)
+    result = evaluate_prediction(
+        run, dataset=dataset, windows=windows, denoise_steps=denoise_steps, seed=seed, output=output, progress=True
+    )
     _console().print(render(result))
 
 
@@ -323,7 +329,8 @@ def _manifest_table(manifest: Mapping[str, Any], num_tensors: int) -> Table:
     """What is in a checkpoint, group by group; one line for a file of the older system, which names no groups."""
     base, lora = manifest["base"]["id"] or "unknown (older format)", manifest["lora"]["rank"]
     switch = "on" if manifest["unfreeze_modulation_and_norms"] else "off"
-    title = f"step {manifest['step'] or 'unknown'}, base {base}, {manifest['views'] or '?'} views, fusion {manifest['fusion']}, LoRA rank {lora}, switch {switch}"
+    step, views = manifest["step"] or "unknown", manifest["views"] or "?"
+    title = f"step {step}, base {base}, {views} views, fusion {manifest['fusion']}, LoRA rank {lora}, switch {switch}"
     table = Table(title=title, title_justify="left")
     for column in ("group", "mode", "parameters", "tensors", "dtype"):
         table.add_column(column, justify="right" if column in ("parameters", "tensors") else "left")
@@ -342,13 +349,14 @@ def demo(
     task: Annotated[str, typer.Option("--task", help="Meta-World task.")] = "drawer-open-v3",
     episodes: Annotated[int, typer.Option("--episodes", min=2, help="Demonstrations; a fifth is held out.")] = 10,
     steps: Annotated[int, typer.Option("--steps", min=2, help="Optimizer steps of each of the two runs.")] = 300,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Held-out windows that are measured, at most.")] = 12,
     seed: Seed = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove what an earlier demo left in the folder first.")] = False,
 ) -> None:
     """Record, fine-tune with the switch off and on, evaluate, and write report.html: ten minutes on two cores."""
     from mvwan.demo import run_demo
 
-    run_demo(output, task=task, episodes=episodes, steps=steps, seed=seed, fresh=fresh)
+    run_demo(output, task=task, episodes=episodes, steps=steps, windows=windows, seed=seed, fresh=fresh)
 
 
 def main() -> None:

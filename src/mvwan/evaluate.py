@@ -6,12 +6,14 @@ through the VAE and back, which no run on this base can beat by much. Given fram
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from mvwan import heatmaps, metrics
@@ -74,12 +76,12 @@ def evaluate_prediction(
     seed: int = 0,
     output: str | Path | None = None,
     keep: int = 0,
-    on_window: Callable[[int, int], None] = lambda done, total: None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Measures as plain dicts, also written to `output` (None: `evaluation.json` in the run's folder).
 
     At most `windows` held-out windows, spread evenly. `keep` of them, spread evenly too, are stored as
-    `predictions/NN.npz` beside the JSON, for pictures. `on_window(done, total)` is called after each.
+    `predictions/NN.npz` beside the JSON, for pictures. `progress` shows a bar on stderr.
     """
     started = time.monotonic()
     loaded = run if isinstance(run, LoadedRun) else load_run(run)
@@ -90,7 +92,7 @@ def evaluate_prediction(
     tallies: Tallies = {source: {} for source in SOURCES}
     per_frame: dict[str, list[Tally]] = {}
     rows: list[dict[str, Any]] = []
-    for done, index in enumerate(chosen, 1):
+    for index in track(chosen, "predicting", console=Console(stderr=True), transient=True, disable=not progress):
         sample = held_out.sample(index)
         prediction = predict_sample(loaded, sample, denoise_steps, seed)
         measured = measure_window(loaded, sample, prediction)
@@ -101,7 +103,6 @@ def evaluate_prediction(
             name = f"predictions/{sum('pictures' in row for row in rows):02d}.npz"
             save_prediction(target.parent / name, sample, prediction, loaded.config.data.heatmap_sigma_px)
             rows[-1]["pictures"] = name
-        on_window(done, len(chosen))
     result = {
         "format_version": FORMAT_VERSION,
         "checkpoint": str(loaded.checkpoint),

@@ -12,7 +12,7 @@ import os
 import pickle
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -140,12 +140,32 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def flatten(values: Mapping[str, Any], separator: str) -> dict[str, Any]:
+    """Nested mappings as one, keys joined with `separator`. An empty mapping leaves nothing."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = flatten(value, separator) if isinstance(value, Mapping) else {"": value}
+        flat |= {f"{name}{separator}{key}" if key else name: item for key, item in inner.items()}
+    return flat
+
+
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file. `MvwanError` when the file is missing, cannot be read, or is not JSON."""
     try:
         return json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
         raise MvwanError(f"{path}: not a JSON file ({error})") from None
+
+
+def read_json_lines(path: str | Path) -> list[Any]:
+    """The values in a file of JSON lines, none when it is missing; a last line that a killed writer left unfinished is left out."""
+    if not Path(path).is_file():
+        return []
+    whole, _, _ = read_text(path).rpartition("\n")
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise MvwanError(f"{path}: a line is not JSON ({error})") from None
 
 
 def read_text(path: str | Path) -> str:

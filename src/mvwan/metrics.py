@@ -102,9 +102,10 @@ def ssim(pred_rgb: np.ndarray, true_rgb: np.ndarray, condition_frames: int = 1) 
     return tuple(tallies)
 
 
-def hold_first(values: np.ndarray, frame_axis: int) -> np.ndarray:
-    """`values` with its first frame repeated to the end: the baseline that predicts that nothing moves."""
-    return np.repeat(np.take(values, [0], axis=frame_axis), values.shape[frame_axis], axis=frame_axis)
+def hold_first(values: np.ndarray, frame_axis: int, num_given: int = 1) -> np.ndarray:
+    """`values` with the last of its `num_given` first frames repeated to the end: the baseline that predicts that nothing moves."""
+    shown = np.minimum(np.arange(values.shape[frame_axis]), max(num_given, 1) - 1)
+    return np.take(values, shown, axis=frame_axis)
 
 
 def constant_velocity(values: np.ndarray, frame_axis: int, num_given: int) -> np.ndarray:

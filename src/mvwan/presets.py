@@ -13,7 +13,14 @@ from mvwan.errors import MvwanError, nearest
 _TINY: dict[str, Any] = {
     "base": {"source": "tiny"},
     "trainable": {"lora": {"rank": 8}},
-    "data": {"num_frames": 13, "height_px": 128, "width_px": 128, "heatmap_sigma_px": 2.5, "text_tokens": 64},
+    "data": {
+        "num_frames": 13,
+        "frame_interval": 2,  # Meta-World is recorded at 40 frames per second: at 20 the arm goes somewhere within a window
+        "height_px": 128,
+        "width_px": 128,
+        "heatmap_sigma_px": 2.5,
+        "text_tokens": 64,
+    },
     "train": {
         "steps": 300,
         "batch_size": 4,

@@ -79,11 +79,12 @@ def _card(title: str, rows: Sequence[tuple[str, str]], remark: str) -> str:
 def _what_trains(records: Sequence[RunRecord]) -> str:
     intro = (
         "<p>Every parameter belongs to exactly one group. The switch <code>--unfreeze_modulation_and_norms</code> adds two: "
-        "<code>modulation</code>, the AdaLN tables of every block, and <code>mvs_norms</code>, the query and key norms of view attention.</p>"
+        "<code>modulation</code>, the AdaLN tables of every block, and <code>mvs_norms</code>, view attention's query and key norms.</p>"
     )
     compared = f"<h3>Off and on, side by side</h3>{_compared(records)}" if len(records) == 2 else ""
     each = "".join(
-        f"<details{' open' if len(records) == 1 else ''}><summary>All groups, {SOURCE_NAMES[record.label]}</summary>{_group_table(record)}</details>"
+        f"<details{' open' if len(records) == 1 else ''}><summary>All groups, {SOURCE_NAMES[record.label]}</summary>"
+        f"{_group_table(record)}</details>"
         for record in records
     )
     return intro + compared + each
@@ -176,7 +177,8 @@ def _what_moved(records: Sequence[RunRecord]) -> str:
             )
     table = _table(("group", "switch", "relative change", "change from zero", "gradient norm", "tensors moved"), rows, [""] * len(rows))
     remark = "Change from zero is of tensors that start at zero, such as LoRA's B and the projector: their relative change has no meaning."
-    return f'{intro}{_plot(report_figures.movement(changes), tall=True)}<p class="soft">{remark}</p><details><summary>All numbers</summary>{table}</details>'
+    plot = _plot(report_figures.movement(changes), tall=True)
+    return f'{intro}{plot}<p class="soft">{remark}</p><details><summary>All numbers</summary>{table}</details>'
 
 
 def _losses(records: Sequence[RunRecord]) -> str:
@@ -189,7 +191,7 @@ def _losses(records: Sequence[RunRecord]) -> str:
         if any(bands.values()):
             plots.append(_plot(report_figures.held_out_loss(stream, bands)))
     intro = (
-        "<p>Squared error of the velocity, per stream, given frames left out. Both runs see the same windows, sigma and noise at the same step. "
+        "<p>Squared error of the velocity, per stream, given frames left out. Runs see the same windows, sigma and noise at each step. "
         "Held-out losses are taken on episodes that were never trained on, at fixed noise, in bands of sigma (0 is data, 1 is noise).</p>"
     )
     return f'{intro}<div class="figures">{"".join(plots)}</div>'
@@ -199,7 +201,7 @@ def _errors(records: Sequence[RunRecord]) -> str:
     first = records[0]
     evaluation = first.evaluation
     intro = (
-        f"<p>{evaluation['num_windows']} windows of {evaluation['num_frames']} frames from {len(evaluation['episodes'])} held-out episode(s) "
+        f"<p>{evaluation['num_windows']} windows of {evaluation['num_frames']} frames from held-out episodes "
         f"({html.escape(', '.join(evaluation['episodes']))}), {evaluation['denoise_steps']} denoising steps, seed {evaluation['seed']}. "
         "<em>Hold first frame</em> predicts that nothing moves. <em>VAE round trip</em> is the truth encoded and decoded: what the codec "
         f"alone costs. A peak counts as found within {evaluation['found_within_px']:.1f} px.</p>"
@@ -297,7 +299,7 @@ def _page(records: Sequence[RunRecord], sections: Sequence[str]) -> str:
     from plotly.offline import get_plotlyjs
 
     assets = resources.files("mvwan") / "assets"
-    style, script = ((assets / name).readnumber(encoding="utf-8") for name in ("report.css", "report.js"))
+    style, script = ((assets / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     titles = [(part.split('id="')[1].split('"')[0], part.split("<h2>")[1].split("</h2>")[0]) for part in sections]
     links = "".join(f'<a href="#{name}">{title}</a>' for name, title in titles)
     lead = (
@@ -309,7 +311,8 @@ def _page(records: Sequence[RunRecord], sections: Sequence[str]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>mvwan report</title><link rel="icon" href="data:,"><style>{style}</style></head><body>'
         '<button class="theme" type="button">light / dark</button>'
-        f'<header class="top"><h1>A multi-view RGB + heatmap Wan, fine-tuned on robot demonstrations</h1><p class="lead">{lead}</p><nav>{links}</nav></header>'
+        '<header class="top"><h1>A multi-view RGB + heatmap Wan, fine-tuned on robot demonstrations</h1>'
+        f'<p class="lead">{lead}</p><nav>{links}</nav></header>'
         f"<main>{''.join(sections)}</main><footer>mvwan {_version('mvwan')}. This page needs no network.</footer>"
         f"<script>{get_plotlyjs()}</script><script>{script}</script></body></html>"
     )

@@ -44,7 +44,8 @@ def window_block(window: Window, given: int, number: int, beside: str = "") -> s
         f"<h3>Window {number}: “{prompt}” <span class='soft'>{name}</span></h3>"
         f'<figure><video autoplay loop muted playsinline controls src="{video}"></video>'
         f"<figcaption>Rows: {rows}. Columns: RGB, then heatmap, of each camera.</figcaption></figure>"
-        f'<div class="figures"><div><div class="paths">{paths}</div><p class="soft">Path of the point over the first frame: {legend}</p></div>'
+        f'<div class="figures"><div><div class="paths">{paths}</div>'
+        f'<p class="soft">Path of the point over the first frame: {legend}</p></div>'
         f"{beside}</div>{sheets}"
     )
 

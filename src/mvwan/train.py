@@ -15,7 +15,6 @@ processes and micro-batches. Knows no file format of demonstrations and no param
 """
 
 import importlib.util
-import json
 import math
 import os
 import sys
@@ -37,6 +36,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     gather_object,
 )
+from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -46,12 +46,14 @@ from mvwan.batch import Batch
 from mvwan.config import Config, TrainConfig, dump_yaml
 from mvwan.data.dataset import WindowDataset, global_indices, heat_video, read_episodes
 from mvwan.errors import MvwanError
-from mvwan.files import json_line, read_json, read_text, write_file, write_json
+from mvwan.files import flatten, json_line, read_json, read_json_lines, write_file, write_json
 from mvwan.heatmaps import render
-from mvwan.latent_cache import LatentCache, build_cache
-from mvwan.model.latents import LatentCodec
+from mvwan.latent_cache import LatentCache, build_cache, is_complete
+from mvwan.model.latents import LatentCodec, codec_digest
 from mvwan.model.movement import MINIMUM_STEPS, MovementProof, MovementReport, gradient_norms
-from mvwan.model.trainable import optimizer_groups, parameters_by_name, verify_trainable
+from mvwan.model.trainable import verify_trainable
+from mvwan.model.wan import base_digest
+from mvwan.optimizer import MovingAverage, load_optimizer, make_optimizer, make_schedule, optimizer_tensors
 from mvwan.training_module import HeatmapWanTrainingModule
 
 HELD_OUT_STEP = -1
@@ -100,7 +102,7 @@ class State:
     """Optimizer updates done."""
     first_step: int = 0
     """`step` when this process started."""
-    ema: dict[str, torch.Tensor] = field(default_factory=dict)
+    average: MovingAverage
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -133,7 +135,8 @@ def loop(state: State) -> None:
     """Trains to `config.train.steps`. Order: fetch -> step (loss, backward, update) -> prove -> log -> save -> evaluate."""
     config, accelerator = state.config.train, state.accelerator
     _evaluate_if_due(state)
-    bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=not accelerator.is_main_process, mininterval=_redraw_s())
+    redraw_s = 0.1 if sys.stderr.isatty() else 10
+    bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=not accelerator.is_main_process, mininterval=redraw_s)
     with bar:
         while state.step < config.steps:
             start = time.perf_counter()
@@ -152,74 +155,73 @@ def loop(state: State) -> None:
 
 def train_step(state: State, batches: Sequence[Batch]) -> dict[str, Any]:
     """Losses, gradient norms and learning rates of one optimizer update on `batches`, one per micro-batch. `state.step` is one higher."""
-    config, accelerator = state.config.train, state.accelerator
-    rgb_count, heat_count = _counts_of_step(state, batches)
-    # Accelerate divides by the micro-batches and DDP by the processes; the loss is a sum of shares already.
+    weight, counts = state.config.train.rgb_weight, _counts_of_step(state, batches)
+    sums, broken = _accumulate_gradients(state, batches, counts)
+    norms = gradient_norms(state.own.model, state.own.table)
+    norm = _clip(state)
+    _stop_unless_finite(state, broken, norm, batches)
+    rates = {group["group"]: group["lr"] for group in state.optimizer.param_groups}
+    state.optimizer.step()
+    state.schedule.step()
+    state.optimizer.zero_grad()
+    state.average.update()
+    state.step += 1
+    rgb, heat = (total / max(count, 1) for total, count in zip(_over_processes(state.accelerator, sums), counts, strict=True))
+    loss = weight * rgb + (1 - weight) * heat
+    return {"loss": loss, "rgb_loss": rgb, "heat_loss": heat, "gradient_norm": norm, "gradient_norms": norms, "learning_rates": rates}
+
+
+def _accumulate_gradients(state: State, batches: Sequence[Batch], counts: tuple[int, int]) -> tuple[torch.Tensor, list[str]]:
+    """([2] squared errors of the rgb and heat stream, names of the samples whose error is not finite), of this process."""
+    accelerator = state.accelerator
+    # Accelerate divides by the micro-batches and DDP by the processes; the losses are shares of one mean already.
     undivided = accelerator.num_processes * len(batches)
     sums, broken = torch.zeros(2, device=accelerator.device), []
-    norms: dict[str, float] = {}
-    norm = 0.0
-    for number, batch in enumerate(batches, start=1):
+    for batch in batches:
         with accelerator.accumulate(state.module):
             errors = state.module(batch, state.config.seed, state.step)
-            accelerator.backward(flow.total_loss(errors, rgb_count, heat_count, config.rgb_weight) * undivided)
-            sums += torch.stack([errors.rgb_sum.sum(), errors.heat_sum.sum()]).detach()
-            finite = torch.isfinite(errors.rgb_sum + errors.heat_sum).tolist()
-            broken += [name for name, is_finite in zip(batch.sample_ids, finite, strict=True) if not is_finite]
-            assert accelerator.sync_gradients == (number == len(batches)), "accelerate counts other micro-batches than the loop"
-            if accelerator.sync_gradients:
-                norms = gradient_norms(state.own.model, state.own.table)
-                norm = float(accelerator.clip_grad_norm_(state.own.parameters(), config.max_gradient_norm or math.inf))
-                _stop_unless_finite(state, broken, norm, batches)
-                rates = {group["group"]: group["lr"] for group in state.optimizer.param_groups}
-                state.optimizer.step()
-                state.schedule.step()
-                state.optimizer.zero_grad()
-    state.step += 1
-    _update_ema(state)
-    sums = accelerator.reduce(sums, "sum").tolist()
-    rgb, heat = sums[0] / max(rgb_count, 1), sums[1] / max(heat_count, 1)
-    loss = config.rgb_weight * rgb + (1 - config.rgb_weight) * heat
-    return {"loss": loss, "rgb_loss": rgb, "heat_loss": heat, "gradient_norm": norm, "gradient_norms": norms, "learning_rates": rates}
+            accelerator.backward(flow.total_loss(errors, *counts, state.config.train.rgb_weight) * undivided)
+        sums += torch.stack([errors.rgb_sum.sum(), errors.heat_sum.sum()]).detach()
+        finite = torch.isfinite(errors.rgb_sum + errors.heat_sum).tolist()
+        broken += [name for name, is_finite in zip(batch.sample_ids, finite, strict=True) if not is_finite]
+    assert accelerator.sync_gradients, "accelerate counts other micro-batches than the loop"
+    return sums, broken
+
+
+def _clip(state: State) -> float:
+    """The norm of all gradients before they are scaled down to `max_gradient_norm` (0: left alone)."""
+    norm = state.accelerator.clip_grad_norm_(state.own.parameters(), state.config.train.max_gradient_norm or math.inf)
+    assert norm is not None
+    return float(norm)
 
 
 def _counts_of_step(state: State, batches: Sequence[Batch]) -> tuple[int, int]:
     """(rgb, heat) elements in the loss of this step, over all micro-batches and processes: the masks are known before any forward pass."""
     counts = [flow.stream_counts(batch.latents.shape, batch.heat_valid, state.config.train.condition_frames) for batch in batches]
     mine = torch.stack([torch.stack([rgb.sum(), heat.sum()]) for rgb, heat in counts]).sum(0)
-    rgb, heat = state.accelerator.reduce(mine, "sum").tolist()
-    return rgb, heat
+    rgb, heat = _over_processes(state.accelerator, mine)
+    return int(rgb), int(heat)
+
+
+def _over_processes(accelerator: Accelerator, values: torch.Tensor) -> list[float]:
+    """The sum of each value over all processes, the same on every one."""
+    total = accelerator.reduce(values, "sum")
+    assert isinstance(total, torch.Tensor)
+    return total.tolist()
 
 
 def _stop_unless_finite(state: State, broken: list[str], norm: float, batches: Sequence[Batch]) -> None:
     """Nothing, or `MvwanError` on every process when a loss or gradient of any of them is NaN or infinite. Called before the update."""
     accelerator = state.accelerator
-    at_fault = torch.tensor(float(bool(broken) or not math.isfinite(norm)), device=accelerator.device)
-    if not accelerator.reduce(at_fault, "sum"):
+    at_fault = torch.tensor([bool(broken) or not math.isfinite(norm)], device=accelerator.device)
+    if not any(_over_processes(accelerator, at_fault.int())):
         return
-    everyone = broken or [name for batch in batches for name in batch.sample_ids if not math.isfinite(norm)]
     losses = gather_object(broken)
-    names = losses or gather_object(everyone)
+    names = losses or gather_object([name for batch in batches for name in batch.sample_ids])
     raise MvwanError(
         f"step {state.step + 1}: the {'loss' if losses else 'gradient'} is NaN or infinite; samples: {', '.join(sorted(names))}. "
         "Stopped before the update, nothing was saved. Look at these windows in the data, or lower train.learning_rate."
     )
-
-
-@torch.no_grad()
-def _update_ema(state: State) -> None:
-    for name, parameter in parameters_by_name(state.own.model).items() if state.ema else ():
-        if name in state.ema:
-            state.ema[name].lerp_(parameter, 1 - state.config.train.ema_decay)
-
-
-def learning_rate_factor(step: int, warmup_steps: int, steps: int, schedule: str) -> float:
-    """What the learning rate of update `step` (counted from 0) is multiplied with: linear over `warmup_steps`, then constant or cosine to 0."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))))
 
 
 def _prove_if_due(state: State, norms: Mapping[str, float]) -> None:
@@ -229,6 +231,8 @@ def _prove_if_due(state: State, norms: Mapping[str, float]) -> None:
     state.proof = None
     if state.accelerator.is_main_process:
         write_json(state.output / "movement.json", {"first_step": state.first_step, **report.to_json()})
+        with tqdm.external_write_mode():
+            Console().print(report.render())
 
 
 # ── once in a while: log, save, evaluate ──────────────────────────────────────────────────────────────────────────────────────────
@@ -239,21 +243,14 @@ def _log(state: State, line: dict[str, Any]) -> None:
     if state.accelerator.is_main_process:
         with open(state.output / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json_line(line))
-    flat = {f"{line['kind']}/{name}": value for name, value in _flat(line).items() if name not in ("kind", "step")}
-    state.accelerator.log(flat, step=line["step"])
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
+    numbers = {name: value for name, value in line.items() if name not in ("kind", "step")}
+    state.accelerator.log(flatten({line["kind"]: numbers}, "/"), step=line["step"])
 
 
 def save(state: State) -> None:
     """Nothing; the checkpoint of this step is on the disk, whole. Trained tensors are the same on every process; the main one writes."""
     if state.accelerator.is_main_process:
-        moments, updates = _optimizer_tensors(state)
+        moments, updates = optimizer_tensors(state.optimizer, state.own)
         checkpoint.save_checkpoint(
             state.output,
             state.step,
@@ -261,42 +258,17 @@ def save(state: State) -> None:
             state.manifest,
             moments,
             {"optimizer_step": updates, "random": "data order, sigma and noise are functions of (seed, step, sample id)"},
-            ema=state.ema or None,
+            ema=state.average.tensors or None,
             keep_last=state.config.train.keep_last,
         )
     state.accelerator.wait_for_everyone()
-
-
-def _optimizer_tensors(state: State) -> tuple[dict[str, torch.Tensor], int]:
-    """({`exp_avg/<name>`, `exp_avg_sq/<name>`}, updates done by the optimizer)."""
-    parameters = parameters_by_name(state.own.model)
-    moments: dict[str, torch.Tensor] = {}
-    updates = set()
-    for name in state.own.table.trainable_names:
-        entry = state.optimizer.state[parameters[name]]
-        updates.add(int(entry["step"]))
-        moments |= {f"{key}/{name}": entry[key] for key in ("exp_avg", "exp_avg_sq")}
-    assert len(updates) == 1, f"some tensors were updated more often than others: {updates}"
-    return moments, updates.pop()
-
-
-def _load_optimizer(optimizer: Any, own: HeatmapWanTrainingModule, folder: Path) -> None:
-    moments, state = checkpoint.read_optimizer(folder)
-    parameters = parameters_by_name(own.model)
-    wanted = {f"{key}/{name}" for name in own.table.trainable_names for key in ("exp_avg", "exp_avg_sq")}
-    if wanted != moments.keys():
-        raise MvwanError(f"{folder}: its optimizer state is of other tensors: {', '.join(sorted(wanted ^ moments.keys())[:3])}")
-    for name in own.table.trainable_names:
-        parameter = parameters[name]
-        entry = {key: moments[f"{key}/{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(float(state["optimizer_step"])), **entry}
 
 
 def _evaluate_if_due(state: State) -> None:
     """Held-out losses per sigma band and stream, at fixed sigma and noise: before the first step, every so often, and at the end."""
     config = state.config.train
     done = any(line["kind"] == "held_out" and line["step"] == state.step for line in state.history)
-    due = config.evaluate_every and (state.step % config.evaluate_every == 0 or state.step == config.steps)
+    due = config.evaluate_every and config.evaluate_windows and (state.step % config.evaluate_every == 0 or state.step == config.steps)
     if state.held_out is None or done or not due:
         return
     start = time.perf_counter()
@@ -317,7 +289,7 @@ def _held_out_loss(state: State, sigma: float, indices: Sequence[int]) -> dict[s
         batch = state.held_out.batch(indices[start : start + config.train.batch_size]).check().to(accelerator.device)
         errors = state.own(batch, config.seed, HELD_OUT_STEP, torch.full((len(batch.sample_ids),), sigma))
         totals += torch.stack([value.sum().double() for value in (errors.rgb_sum, errors.rgb_count, errors.heat_sum, errors.heat_count)])
-    rgb_sum, rgb_count, heat_sum, heat_count = accelerator.reduce(totals, "sum").tolist()
+    rgb_sum, rgb_count, heat_sum, heat_count = _over_processes(accelerator, totals)
     rgb, heat = rgb_sum / max(rgb_count, 1), heat_sum / max(heat_count, 1)
     weight = config.train.rgb_weight
     return {"loss": weight * rgb + (1 - weight) * heat, "rgb_loss": rgb, "heat_loss": heat}
@@ -356,7 +328,10 @@ def _accelerator(config: Config, output: Path) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    assert accelerator.num_processes == launched, f"{launched} processes were launched, accelerate sees {accelerator.num_processes}"
+    if accelerator.num_processes != launched:
+        raise MvwanError(
+            f"WORLD_SIZE={launched}, but accelerate joined {accelerator.num_processes} processes. Use accelerate launch or torchrun."
+        )
     return accelerator
 
 
@@ -364,25 +339,25 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
     """The state before the first step of this process. Every check comes before the first byte is written."""
     episodes = read_episodes(config.data.root, config.data.cameras)
     training, held_out = (WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation"))
-    start_from = found or config.train.from_checkpoint
-    dry = HeatmapWanTrainingModule(config=config, checkpoint=start_from, device="meta", print_banners=False)
-    manifest = _manifest(config, dry, accelerator.num_processes, training.fingerprint)
+    manifest = _manifest(config, accelerator.num_processes, training.fingerprint)
     step = 0
     if found is not None:
         saved = checkpoint.read_manifest(found)
         checkpoint.check_resume(saved, manifest, found)
         step = saved["step"]
+    start_from = found or config.train.from_checkpoint
+    HeatmapWanTrainingModule(config=config, checkpoint=start_from, device="meta", print_banners=False)  # does it all fit?
     caches = _latents(config, output, accelerator, training, held_out)
 
     own = HeatmapWanTrainingModule(config=config, checkpoint=start_from, print_banners=accelerator.is_main_process)
-    groups = optimizer_groups(own.model, own.groups)
-    for group in groups:
-        group["initial_lr"] = group["lr"]
-    optimizer = torch.optim.AdamW(groups, betas=config.train.adam_betas)
+    optimizer = make_optimizer(own, config.train)
     module, prepared = accelerator.prepare(own, optimizer)
     verify_trainable(own.model, own.table, prepared)
+    averaged = None
     if found is not None:
-        _load_optimizer(optimizer, own, found)
+        moments, progress = checkpoint.read_optimizer(found)
+        load_optimizer(optimizer, own, moments, progress["optimizer_step"], found)
+        averaged = checkpoint.load_trained(found, ema=True).tensors if config.train.ema_decay else None
     state = State(
         config=config,
         output=output,
@@ -390,36 +365,37 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
         module=module,
         own=own,
         optimizer=prepared,
-        schedule=_schedule(optimizer, config.train, step),
+        schedule=make_schedule(optimizer, config.train, step),
         windows=_windows(config, caches[0], accelerator, step),
         held_out=caches[1],
-        manifest=manifest,
+        manifest=manifest | {"groups": own.saved_groups()},
         proof=None,
         proof_step=min(step + config.train.movement_step, config.train.steps),
         step=step,
         first_step=step,
-        ema=_initial_ema(config, own, found),
-        history=_history(output, step) if found is not None else [],
+        average=MovingAverage(own, config.train.ema_decay, averaged),
+        history=[line for line in read_json_lines(output / "metrics.jsonl") if line["step"] <= step] if found else [],
     )
     if state.proof_step - step >= MINIMUM_STEPS:
         state.proof = MovementProof(own.model, own.table)
         state.proof.snapshot()
     if accelerator.is_main_process:
         _introduce(state, training)
-    accelerator.init_trackers("mvwan")
+    # TensorBoard then hides what a killed run logged after its last checkpoint.
+    accelerator.init_trackers("mvwan", init_kwargs={"tensorboard": {"purge_step": step + 1}} if found else {})
     return state
 
 
-def _manifest(config: Config, module: HeatmapWanTrainingModule, num_processes: int, fingerprint: str) -> dict[str, Any]:
-    identity = module.identity()
+def _manifest(config: Config, num_processes: int, fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint says of its run, all but the groups."""
+    base, lora = config.base, config.trainable.lora
     return {
-        "base": {"id": config.base.source, "digest": identity["base"]},
-        "views": identity["views"],
-        "fusion": identity["fusion"],
+        "base": {"id": base.source, "digest": base_digest(base.source, base.random_weights, config.seed)},
+        "views": config.model.views,
+        "fusion": config.model.fusion,
         "heads": ["rgb", "heatmap"],
         "unfreeze_modulation_and_norms": config.unfreeze_modulation_and_norms,
-        "lora": {"rank": identity["rank"], "alpha": identity["alpha"]},
-        "groups": module.saved_groups(),
+        "lora": {"rank": lora.rank, "alpha": float(lora.rank if lora.alpha is None else lora.alpha)},
         "seed": config.seed,
         "items_per_step": config.train.batch_size * config.train.gradient_accumulation * num_processes,
         "data": {"root": config.data.root, "fingerprint": fingerprint},
@@ -433,14 +409,15 @@ def _latents(
     """The latent caches of both splits. The main process encodes what is missing; VAE and text encoder are gone before the model comes."""
     folder = Path(config.data.cache or output / "latents")
     splits = [training, held_out] if len(held_out) else [training]
-    sigma_px = config.data.heatmap_sigma_px
-    if accelerator.is_main_process:
-        codec = LatentCodec.load(config.base.codec or config.base.source, config.data.text_tokens)
+    sigma_px, source = config.data.heatmap_sigma_px, config.base.codec or config.base.source
+    digest = codec_digest(source, config.data.text_tokens)
+    if accelerator.is_main_process and not all(is_complete(folder, split, digest, sigma_px) for split in splits):
+        codec = LatentCodec.load(source, config.data.text_tokens, accelerator.device)
         for split in splits:
             build_cache(split, codec, folder, sigma_px)
         del codec
     accelerator.wait_for_everyone()
-    caches = [LatentCache.open(folder, split) for split in splits]
+    caches = [LatentCache.open(folder, split, digest, sigma_px) for split in splits]
     return caches[0], caches[1] if len(caches) > 1 else None
 
 
@@ -470,30 +447,6 @@ def _items(train: TrainConfig, seed: int, num_items: int, num_processes: int, pr
         yield from global_indices(seed, step, math.prod(shape), num_items).reshape(shape)[:, process].tolist()
 
 
-def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, step: int) -> LambdaLR:
-    """One factor per parameter group, stepped by the loop once per update. Not handed to accelerate, which steps once per process."""
-
-    def factor_of(warmup_steps: int) -> Any:
-        return lambda update: learning_rate_factor(update, warmup_steps, train.steps, train.schedule)
-
-    return LambdaLR(optimizer, [factor_of(group["warmup_steps"]) for group in optimizer.param_groups], last_epoch=step - 1)
-
-
-def _initial_ema(config: Config, own: HeatmapWanTrainingModule, found: Path | None) -> dict[str, torch.Tensor]:
-    if not config.train.ema_decay:
-        return {}
-    parameters = parameters_by_name(own.model)
-    start = parameters if found is None else checkpoint.load_trained(found, ema=True).tensors
-    return {name: start[name].detach().to(parameters[name].device, copy=True) for name in own.saved_tensors()}
-
-
-def _history(output: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` up to `step`: what a killed run did after its last checkpoint is done again."""
-    path = output / "metrics.jsonl"
-    lines = [json.loads(line) for line in read_text(path).splitlines() if line.endswith("}")] if path.is_file() else []
-    return [line for line in lines if line["step"] <= step]
-
-
 def _introduce(state: State, training: WindowDataset) -> None:
     """Writes what a run is known by, and shows what trains."""
     config, output = state.config, state.output
@@ -501,8 +454,9 @@ def _introduce(state: State, training: WindowDataset) -> None:
     write_json(output / "table.json", state.own.table.to_json(config.base.source, config.model.views, config.model.fusion))
     write_file(output / "metrics.jsonl", "".join(json_line(line) for line in state.history))
     if state.first_step == 0:
-        items = next(_items(config.train, config.seed, len(training) * training.num_variants, 1, 0, 0))
-        write_file(output / "first_batch.png", pictures.png(_first_batch(training, items, config.data.heatmap_sigma_px)))
+        items = global_indices(config.seed, 0, state.manifest["items_per_step"], len(training) * training.num_variants)
+        write_file(output / "first_batch.png", pictures.png(_first_batch(training, items.tolist(), config.data.heatmap_sigma_px)))
+    Console().print(state.own.table.render())
     for line in state.own.fit.describe() if state.own.fit else ():
         print(f"checkpoint: {line}")
     if state.first_step:
@@ -535,8 +489,3 @@ def _result(state: State) -> TrainResult:
         checkpoint=found,
         history=state.history,
     )
-
-
-def _redraw_s() -> float:
-    """Seconds between redraws of the progress bar: rarely where its lines end up in a file."""
-    return 0.1 if sys.stderr.isatty() else 10

@@ -20,7 +20,6 @@ from mvwan.model.multiview_wan import MultiViewWan
 from mvwan.model.surgery import LoadReport, load_model
 from mvwan.model.trainable import parameters_by_name
 from mvwan.model.trainable_table import modulation_banner, multiview_banner
-from mvwan.model.wan import base_digest
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -88,29 +87,14 @@ class HeatmapWanTrainingModule(nn.Module):
             purpose="train",
         )
         if checkpoint is not None and report.manifest is not None:
-            check_identity(report.manifest, checkpoint, alpha=self._alpha)
+            lora = self.config.trainable.lora
+            check_identity(report.manifest, checkpoint, alpha=float(lora.rank if lora.alpha is None else lora.alpha))
         return loaded, report
 
     @property
     def fit(self) -> Compatibility | None:
         """How `checkpoint` fits, or None without one."""
         return self.report.fit
-
-    @property
-    def _alpha(self) -> float:
-        lora = self.config.trainable.lora
-        return float(lora.rank if lora.alpha is None else lora.alpha)
-
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint of this module can be loaded into: digest of the base, views, fusion, LoRA rank and alpha."""
-        base = self.config.base
-        return {
-            "base": base_digest(base.source, base.random_weights, self.config.seed),
-            "views": self.config.model.views,
-            "fusion": self.config.model.fusion,
-            "rank": self.config.trainable.lora.rank,
-            "alpha": self._alpha,
-        }
 
     def _unfreeze_modulation(self) -> int:
         """The number of AdaLN tables that train (0 with the switch off), after printing the notice about them."""

@@ -9,6 +9,7 @@ from mvwan.batch import Episode
 from mvwan.cameras import Camera, look_at
 from mvwan.config import AugmentConfig, DataConfig
 from mvwan.data.dataset import WindowDataset, global_indices, heat_video, held_out, order, read_episodes
+from mvwan.data.lerobot import write_dataset
 from mvwan.errors import MvwanError
 from mvwan.heatmaps import peak, render, uncolour
 
@@ -297,3 +298,28 @@ def test_a_missing_folder_a_file_and_a_strange_folder_are_refused(tmp_path):
         read_episodes(tmp_path)
     with pytest.raises(MvwanError, match="a file, not a folder"):
         read_episodes(tmp_path / "notes.txt")
+
+
+def test_a_recorded_folder_becomes_samples(tmp_path):
+    episodes = [make_episode("a", 11), make_episode("b", 9)]
+    with write_dataset(tmp_path / "recorded", cameras=CAMERAS, fps=10, action_names=["x", "y", "z", "grip"], robot_type="point") as writer:
+        for seed, episode in enumerate(episodes):
+            writer.add_episode(
+                name=episode.name,
+                instruction=episode.instruction,
+                layout_seed=seed,
+                rgb=episode.read_rgb(range(episode.num_frames)),
+                point_m=episode.point_m,
+                hand_m=episode.point_m,
+                gripper_open=episode.gripper_open,
+                action=np.zeros((episode.num_frames, 4)),
+                success=np.ones(episode.num_frames, bool),
+            )
+    dataset = make_dataset(read_episodes(tmp_path / "recorded", ("top", "left")), views=2)
+    assert [dataset.sample_id(index) for index in range(len(dataset))] == ["a@0#0", "a@2#0", "b@0#0"]
+    wanted = make_dataset(episodes, views=2, cameras=("top", "left"))
+    for index in range(3):
+        sample, true = dataset.sample(index), wanted.sample(index)
+        np.testing.assert_allclose(sample.uv_px, true.uv_px, atol=1e-4)
+        np.testing.assert_allclose(peak(sample.rgb[..., 0] / 255)[0], true.uv_px, atol=0.5)
+    assert dataset.fingerprint == make_dataset(read_episodes(tmp_path / "recorded", ("top", "left")), views=2).fingerprint

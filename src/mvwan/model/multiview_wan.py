@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
@@ -214,13 +215,15 @@ class MultiViewWan(WanTransformer3DModel):
 
     def _embed(self, latents: torch.Tensor) -> torch.Tensor:
         """[B S f n D] tokens of [B V 2C f h w] latents: S = V for fusion "channel", 2V (all RGB, then all heat) for "view"."""
-        batch = len(latents)
         autocast = torch.is_autocast_enabled(latents.device.type)
 
+        _, p, q = self.config.patch_size
+
         def tokens(pictures: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
-            x = rearrange(pictures, "B V C f h w -> (B V) C f h w")
-            x = embedding(x if autocast else x.to(embedding.weight.dtype))
-            return rearrange(x, "(B V) D f h w -> B V f (h w) D", B=batch).contiguous()
+            # The stride is the kernel, so the convolution is one matrix product per patch. That also keeps training clear of oneDNN's
+            # bfloat16 gradients of convolutions, which hang on processors with AMX (seen with torch 2.13 on a Wan VAE).
+            patches = rearrange(pictures, "B V C f (h p) (w q) -> B V f (h w) (C p q)", p=p, q=q)
+            return F.linear(patches if autocast else patches.to(embedding.weight.dtype), embedding.weight.flatten(1), embedding.bias)
 
         if self.config.fusion == "channel":
             return tokens(latents, self.patch_embedding)

@@ -39,6 +39,7 @@ __all__ = [
     "WanTransformer3DModel",
     "WanTransformerBlock",
     "base_digest",
+    "codec_files",
     "describe",
     "in_float32_island",
     "load_text_encoder",
@@ -262,17 +263,20 @@ def _read_state(description: BaseDescription, expected: Mapping[str, tuple[int, 
 
 
 def _download(source: str) -> tuple[Path, ...]:
+    return tuple(_shards(_download_folder(source, "transformer"), source))
+
+
+def _download_folder(source: str, part: str) -> Path:
     from huggingface_hub import snapshot_download
 
     repository = HUB_IDS.get(source, source)
     try:
-        folder = snapshot_download(repository, allow_patterns=["transformer/*"])
+        return Path(snapshot_download(repository, allow_patterns=[f"{part}/*"])) / part
     except Exception as error:
         raise MvwanError(
             f"base {source}: {repository} could not be downloaded ({type(error).__name__}). Download it where there is a network "
             "and give its folder, or set base.random_weights=true for a check without weights."
         ) from None
-    return tuple(_shards(Path(folder) / "transformer", source))
 
 
 def base_digest(source: str | Path, random_weights: bool = False, seed: int = 0) -> str:
@@ -286,37 +290,41 @@ def base_digest(source: str | Path, random_weights: bool = False, seed: int = 0)
     return f"sha256:{combined.hexdigest()}"
 
 
-def _part(source: str | Path, part: str) -> tuple[str, str]:
-    """(repository or folder, subfolder) of the VAE, text encoder or tokenizer that belongs to a base."""
+def _part(source: str | Path, part: str) -> Path:
+    """The folder of the VAE, text encoder or tokenizer that belongs to a base."""
     description = describe(source)
     if description.kind == "hub":
-        return HUB_IDS.get(description.id, description.id), part
+        return _download_folder(description.id, part)
     if description.folder is None or not (description.folder / part).is_dir():
         raise MvwanError(
             f"base {description.id}: has no {part} folder beside the transformer. Set base.codec to a diffusers folder or hub id "
             "that holds vae, text_encoder and tokenizer."
         )
-    return str(description.folder), part
+    return description.folder / part
+
+
+def codec_files(source: str | Path) -> list[tuple[str, Path]]:
+    """(part, file) of everything that makes up the VAE, text encoder and tokenizer of a base."""
+    parts = ("vae", "text_encoder", "tokenizer")
+    return [(part, path) for part in parts for path in sorted(_part(source, part).iterdir()) if path.is_file()]
 
 
 def load_vae(source: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
     """The base's video VAE, frozen and in eval mode."""
-    folder, part = _part(source, "vae")
     try:
-        vae = AutoencoderKLWan.from_pretrained(folder, subfolder=part, torch_dtype=dtype)
+        vae = AutoencoderKLWan.from_pretrained(_part(source, "vae"), torch_dtype=dtype)
     except (OSError, ValueError) as error:
         raise MvwanError(f"base {source}: its VAE cannot be loaded ({str(error).splitlines()[0]})") from None
     return vae.eval().requires_grad_(False)
 
 
-def load_text_encoder(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """(tokenizer, UMT5 encoder) of the base, the encoder frozen and in eval mode."""
+def load_text_encoder(source: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """(tokenizer, UMT5 encoder) of the base, the encoder frozen and in eval mode; `dtype` None keeps the stored one."""
     from transformers import AutoTokenizer, UMT5EncoderModel
 
-    folder, part = _part(source, "text_encoder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        encoder = UMT5EncoderModel.from_pretrained(folder, subfolder=part, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(_part(source, "tokenizer"))
+        encoder = UMT5EncoderModel.from_pretrained(_part(source, "text_encoder"), dtype=dtype or "auto")
     except (OSError, ValueError) as error:
         raise MvwanError(f"base {source}: its text encoder cannot be loaded ({str(error).splitlines()[0]})") from None
     return tokenizer, encoder.eval().requires_grad_(False)

@@ -19,11 +19,20 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mvwan.cameras import Camera, look_at
+from mvwan.data.lerobot import LeRobotWriter, write_dataset
 from mvwan.errors import MvwanError, nearest
 
 _SYSTEM_LIBRARIES = "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri"
-if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-    os.environ.setdefault("MUJOCO_GL", "egl")
+
+
+def no_renderer(cause: Exception) -> MvwanError:
+    """The error to raise when OpenGL does not start, with the command that installs what it needs."""
+    back_end = os.environ.get("MUJOCO_GL", "")
+    return MvwanError(f"the renderer cannot start (MUJOCO_GL={back_end}: {cause}). Install its system libraries: {_SYSTEM_LIBRARIES}")
+
+
+if sys.platform == "linux" and not os.environ.get("MUJOCO_GL") and not os.environ.get("DISPLAY"):
+    os.environ["MUJOCO_GL"] = "egl"
 try:
     import mujoco
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
@@ -31,9 +40,7 @@ try:
 except ModuleNotFoundError as error:
     raise MvwanError(f"the simulator is not installed ({error}). Install it: pip install metaworld==3.1.1 mujoco==3.3.0") from error
 except Exception as error:  # a missing libEGL surfaces as ImportError, AttributeError or RuntimeError, by version
-    raise MvwanError(
-        f"the renderer cannot start (MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r}: {error}). Install its system libraries: {_SYSTEM_LIBRARIES}"
-    ) from error
+    raise no_renderer(error) from error
 
 CONTROL_STEPS_PER_SECOND = 80
 STEPS_PER_FRAME = 2
@@ -42,6 +49,7 @@ MAX_CONTROL_STEPS = 300
 RESERVED_LAYOUTS = 900_000
 _WORKSPACE_CENTRE_M = (0.0, 0.65, 0.17)
 _OVERSAMPLING = 2
+ACTION_NAMES = ("hand_dx_cm", "hand_dy_cm", "hand_dz_cm", "grip")
 
 INSTRUCTIONS: Mapping[str, str] = {
     "assembly-v3": "Put the ring over the peg.",
@@ -95,11 +103,11 @@ INSTRUCTIONS: Mapping[str, str] = {
     "window-close-v3": "Close the window.",
     "window-open-v3": "Open the window.",
 }
-_VISIBLE_GOALS = ("reach-v3", "push-v3", "pick-place-v3")
+_VISIBLE_GOALS = ("reach-v3", "reach-wall-v3", "push-v3", "push-back-v3", "push-wall-v3", "pick-place-v3", "pick-place-wall-v3")
 
 
 def task_name(task: str) -> str:
-    """Meta-World's name of a task, given with or without its version: `drawer-open` -> `drawer-open-v3`. `MvwanError` when there is none."""
+    """Meta-World's name of a task, given with or without its version: `drawer-open-v3` for `drawer-open`, or `MvwanError`."""
     for name in (task, f"{task}-v3"):
         if name in INSTRUCTIONS:
             return name
@@ -144,7 +152,8 @@ def _check_size(size_px: int) -> None:
 def make_env(task: str) -> Any:
     """Meta-World's environment of a task with its goal in the observation, ready for `env.seed(layout); env.reset()`."""
     name = task_name(task)
-    env = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{name}-goal-observable"](seed=0)
+    kind: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{name}-goal-observable"]
+    env = kind(seed=0)
     env._freeze_rand_vec = False
     env.seeded_rand_vec = True
     return env
@@ -221,16 +230,27 @@ class Simulator:
         return self.state
 
     def render(self, cameras: Sequence[Camera] | None = None) -> np.ndarray:
-        """[V H W 3] uint8, one picture per camera (the simulator's own, or others of the same size)."""
+        """[V H W 3] uint8, one picture per camera (the simulator's own, or others of the same size); (0, 0, 0, 3) without cameras."""
+        cameras = self.cameras if cameras is None else cameras
+        if not cameras:
+            return np.zeros((0, 0, 0, 3), np.uint8)
         if self._pictures is None:
             raise MvwanError("this simulator was made without cameras: pass cameras to Simulator to render")
-        return self._pictures.render(self.cameras if cameras is None else cameras)
+        return self._pictures.render(cameras)
+
+
+class _Renderer(mujoco.Renderer):
+    """MuJoCo's renderer with the fields that its destructor reads, also when its constructor fails before setting them."""
+
+    _gl_context: Any = None
+    _mjr_context: Any = None
 
 
 class _Pictures:
     """The renderer: any number of pinhole cameras of one size, rendered large and averaged down, without shadows and reflections."""
 
     def __init__(self, env: Any, cameras: Sequence[Camera], show_goal: bool) -> None:
+        bindings: Any = mujoco  # its names come from a compiled module without types
         self._model, self._data = env.model, env.data
         self._size = cameras[0].height_px, cameras[0].width_px
         height, width = (side * _OVERSAMPLING for side in self._size)
@@ -241,10 +261,11 @@ class _Pictures:
             if not (show_goal and self._model.site(site).name == "goal"):
                 self._model.site_rgba[site, 3] = 0
         try:
-            self._renderer = mujoco.Renderer(self._model, height, width)
+            self._renderer = _Renderer(self._model, height, width)
         except Exception as error:  # each OpenGL back end raises its own kind
-            raise MvwanError(f"the renderer cannot start ({error}). Install its system libraries: {_SYSTEM_LIBRARIES}") from error
-        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            bindings.GLContext._context = None  # read by its destructor, which also runs when its constructor failed
+            raise no_renderer(error) from error
+        for flag in (bindings.mjtRndFlag.mjRND_SHADOW, bindings.mjtRndFlag.mjRND_REFLECTION):
             self._renderer.scene.flags[flag] = 0
 
     def render(self, cameras: Sequence[Camera]) -> np.ndarray:
@@ -255,7 +276,8 @@ class _Pictures:
         height, width = self._size
         if (camera.height_px, camera.width_px) != self._size or camera.kind != "pinhole":
             raise MvwanError(
-                f"camera {camera.name}: {camera.kind}, {camera.width_px}x{camera.height_px} px; the simulator renders pinhole cameras of one size, {width}x{height} px"
+                f"camera {camera.name}: {camera.kind}, {camera.width_px}x{camera.height_px} px; the simulator renders pinhole cameras "
+                f"of one size, here {width}x{height} px"
             )
         focal, centre = camera.intrinsics[[0, 1], [0, 1]], camera.intrinsics[:2, 2]
         if not (np.isclose(focal[0], focal[1]) and np.allclose(centre, (width / 2, height / 2)) and np.isclose(camera.intrinsics[0, 1], 0)):
@@ -303,9 +325,13 @@ class Rollout:
 
 
 def rollout(
-    task: str | Simulator, layout_seed: int, size_px: int = 128, cameras: Sequence[Camera] | None = None, steps_per_frame: int = STEPS_PER_FRAME
+    task: str | Simulator,
+    layout_seed: int,
+    size_px: int = 128,
+    cameras: Sequence[Camera] | None = None,
+    steps_per_frame: int = STEPS_PER_FRAME,
 ) -> Rollout:
-    """The expert's run on one layout, seen by `cameras` (None: the standard rig at `size_px`).
+    """The expert's run on one layout, seen by `cameras` (None: the standard rig at `size_px`; none: numbers only, a hundred times faster).
 
     Pass a `Simulator` instead of a task name to reuse its renderer; `cameras` then may be any of its size. The run goes on for
     `SETTLE_STEPS` control steps after success and is given up after `MAX_CONTROL_STEPS`.
@@ -346,4 +372,108 @@ def _run_expert(simulator: Simulator, layout_seed: int, cameras: tuple[Camera, .
         gripper_open=np.array([state.gripper_open for state in states], np.float32),
         action=np.concatenate([grouped, np.zeros((1, 4))]).astype(np.float32),
         success=np.array([state.success for state in states]),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordReport:
+    """What `record` wrote."""
+
+    output: Path
+    episodes: Mapping[str, int]
+    """Task -> demonstrations kept."""
+    failed: Mapping[str, int]
+    """Task -> failed demonstrations: layouts on which the expert did not succeed, left out."""
+    num_frames: int
+    """Frames over all demonstrations, per camera."""
+    seconds: float
+
+    @property
+    def seconds_per_demonstration(self) -> float:
+        """Wall time per kept demonstration: physics, rendering of all cameras and encoding."""
+        return self.seconds / sum(self.episodes.values())
+
+
+def record(
+    tasks: str | Sequence[str],
+    episodes: int = 5,
+    output: str | Path = "runs/demonstrations",
+    seed: int = 0,
+    size_px: int = 128,
+    cameras: Sequence[Camera] | None = None,
+    steps_per_frame: int = STEPS_PER_FRAME,
+    progress: bool = True,
+) -> RecordReport:
+    """A report of the LeRobot v3 dataset written to `output`: `episodes` successful demonstrations of each task.
+
+    Layouts have the seeds `seed`, `seed + 1`, ...; one on which the expert fails is left out and counted. The same arguments give
+    the same bytes. Raises `MvwanError` for an unknown task, an output that exists, a reserved layout seed (900000 and up is for
+    final evaluation), or an expert that fails too often; nothing is written then.
+    """
+    names = list(dict.fromkeys(task_name(task) for task in ([tasks] if isinstance(tasks, str) else tasks)))
+    attempts = 3 * episodes + 10
+    _check_record(names, episodes, seed, attempts, steps_per_frame)
+    views = rig(size_px) if cameras is None else tuple(cameras)
+    started, failed, num_frames = time.monotonic(), dict.fromkeys(names, 0), 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    fps = CONTROL_STEPS_PER_SECOND // steps_per_frame
+    with (
+        write_dataset(output, cameras=views, fps=fps, action_names=ACTION_NAMES, robot_type="sawyer") as writer,
+        Progress(*columns, disable=not progress) as bar,
+    ):
+        line = bar.add_task("recording", total=episodes * len(names))
+        for name in names:
+            bar.update(line, description=f"recording {name}")
+            with Simulator(name, views) as simulator:
+                kept = 0
+                for layout_seed in range(seed, seed + attempts):
+                    run = rollout(simulator, layout_seed, steps_per_frame=steps_per_frame)
+                    if not run.succeeded:
+                        failed[name] += 1
+                        continue
+                    _add(writer, run)
+                    num_frames += len(run.point_m)
+                    bar.advance(line)
+                    kept += 1
+                    if kept == episodes:
+                        break
+                else:
+                    raise MvwanError(f"task {name}: only {kept} of {attempts} runs succeeded, {episodes} are needed. Set fewer episodes.")
+    return RecordReport(
+        output=Path(output),
+        episodes=dict.fromkeys(names, episodes),
+        failed=failed,
+        num_frames=num_frames,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _check_record(names: Sequence[str], episodes: int, seed: int, attempts: int, steps_per_frame: int) -> None:
+    if not names:
+        raise MvwanError(f"no task given. Name one or more of: {', '.join(sorted(INSTRUCTIONS))}")
+    if episodes < 1:
+        raise MvwanError(f"episodes={episodes}: at least 1 demonstration per task. Set episodes.")
+    if seed < 0 or seed + attempts > RESERVED_LAYOUTS:
+        raise MvwanError(
+            f"seed={seed}: layouts run from seed to seed + {attempts - 1} and must stay within 0 to {RESERVED_LAYOUTS - 1}; "
+            f"{RESERVED_LAYOUTS} and up is reserved for final evaluation. Set a seed up to {RESERVED_LAYOUTS - attempts}."
+        )
+    if steps_per_frame < 1 or CONTROL_STEPS_PER_SECOND % steps_per_frame:
+        raise MvwanError(
+            f"steps_per_frame={steps_per_frame}: must divide {CONTROL_STEPS_PER_SECOND}, for example 2 for 40 frames per second. "
+            "Set steps_per_frame."
+        )
+
+
+def _add(writer: LeRobotWriter, run: Rollout) -> None:
+    writer.add_episode(
+        name=f"{run.task}/{run.layout_seed:06d}",
+        instruction=run.instruction,
+        layout_seed=run.layout_seed,
+        rgb=run.rgb,
+        point_m=run.point_m,
+        hand_m=run.hand_m,
+        gripper_open=run.gripper_open,
+        action=run.action,
+        success=run.success,
     )

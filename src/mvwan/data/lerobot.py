@@ -1,0 +1,493 @@
+"""LeRobot v3 datasets on disk, written and read: the only file that knows this format.
+
+    meta/info.json                                    features, fps, totals, path templates
+    meta/stats.json                                   min, max, mean, std, count and quantiles of every feature
+    meta/tasks.parquet                                instruction -> task_index
+    meta/cameras.json                                 calibration of every camera (ours; `cameras.Camera` to the bit)
+    meta/episodes/chunk-000/file-000.parquet          one row per episode: length, places in the files below, statistics
+    data/chunk-000/file-000.parquet                   one row per frame
+    videos/observation.images.<camera>/chunk-000/file-000.mp4   many episodes one after the other
+
+Compatible with the package lerobot 0.4 (`codebase_version` v3.0). The state is the tool point and the hand in metres and the
+measured gripper opening, found by the names of `observation.state`. Knows no simulator.
+"""
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mvwan.batch import Episode
+from mvwan.cameras import Camera
+from mvwan.data.episode import (
+    PIXEL_FORMAT,
+    VIDEO_CODEC,
+    VideoFrames,
+    VideoWriter,
+    count_frames,
+    count_values,
+    summarise,
+    summarise_pictures,
+)
+from mvwan.errors import MvwanError, nearest
+from mvwan.files import read_json, sha256_file, sha256_json, whole_directory, write_file, write_json
+
+CODEBASE_VERSION = "v3.0"
+POINT_NAMES = ("tool_x_m", "tool_y_m", "tool_z_m")
+HAND_NAMES = ("hand_x_m", "hand_y_m", "hand_z_m")
+GRIPPER_NAME = "gripper_open"
+_STATE, _ACTION, _SUCCESS = "observation.state", "action", "next.success"
+_FILES_PER_CHUNK = 1000
+_DATA_FILE_MB = 100
+_VIDEO_FILE_MB = 200
+_INFO, _CAMERAS = "meta/info.json", "meta/cameras.json"
+_AGAIN = "Record or copy the dataset again."
+_PLACE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
+_DATA_PATH = f"data/{_PLACE}.parquet"
+_VIDEO_PATH = "videos/{video_key}/" + f"{_PLACE}.mp4"
+_EPISODES_PATH = f"meta/episodes/{_PLACE}.parquet"
+_INDEX_FEATURES = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64", "task_index": "int64"}
+
+
+def video_key(camera: str) -> str:
+    """LeRobot's name of a camera's pictures."""
+    return f"observation.images.{camera}"
+
+
+def _next_place(place: tuple[int, int]) -> tuple[int, int]:
+    chunk, file = place
+    return (chunk + 1, 0) if file == _FILES_PER_CHUNK - 1 else (chunk, file + 1)
+
+
+@contextmanager
+def write_dataset(
+    root: str | Path, *, cameras: Sequence[Camera], fps: int, action_names: Sequence[str], robot_type: str
+) -> Iterator["LeRobotWriter"]:
+    """A writer to add episodes to. The folder appears, whole, when the block ends well, and not at all otherwise.
+
+    Raises `MvwanError` when `root` holds something already, or when no episode was added.
+    """
+    root = Path(root)
+    if root.is_dir() and not any(root.iterdir()):
+        root.rmdir()
+    if root.exists():
+        raise MvwanError(f"{root}: exists already and is not an empty folder. Remove it or choose another output folder.")
+    with whole_directory(root) as folder:
+        writer = LeRobotWriter(folder, cameras, fps, action_names, robot_type)
+        try:
+            yield writer
+        finally:
+            writer.close_files()
+        if not writer.num_episodes:
+            raise MvwanError(f"{root}: no episode was added, nothing is written")
+        writer.write_meta()
+
+
+class LeRobotWriter:
+    """A dataset under construction: made by `write_dataset`, which also ends it."""
+
+    def __init__(self, folder: Path, cameras: Sequence[Camera], fps: int, action_names: Sequence[str], robot_type: str) -> None:
+        self._folder, self._fps, self._robot_type = folder, fps, robot_type
+        self._cameras = tuple(cameras)
+        self._features = _features(cameras, fps, action_names)
+        self._calibration = _calibration_columns(cameras)
+        self._tracks = [_VideoTrack(folder, camera, fps) for camera in cameras]
+        self._rows = _RowFile(folder, self._features)
+        self._tasks: dict[str, int] = {}
+        self._episodes: list[dict[str, Any]] = []
+        self._columns: list[dict[str, np.ndarray]] = []
+        self._num_frames = 0
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes added so far."""
+        return len(self._episodes)
+
+    def add_episode(
+        self,
+        *,
+        name: str,
+        instruction: str,
+        layout_seed: int,
+        rgb: np.ndarray,
+        point_m: np.ndarray,
+        hand_m: np.ndarray,
+        gripper_open: np.ndarray,
+        action: np.ndarray,
+        success: np.ndarray,
+    ) -> None:
+        """Nothing; appends one episode of rgb [V F H W 3] uint8, point_m and hand_m [F 3], gripper_open [F], action [F A], success [F]."""
+        frames, index = len(point_m), len(self._episodes)
+        assert rgb.shape[:2] == (len(self._cameras), max(frames, 1)), f"episode {name}: rgb is {rgb.shape} for {frames} frames"
+        state = np.concatenate([point_m, hand_m, np.reshape(gripper_open, (frames, 1))], axis=1)
+        task = self._tasks.setdefault(instruction, len(self._tasks))
+        columns = {
+            _STATE: state.astype(np.float32),
+            _ACTION: action.astype(np.float32),
+            _SUCCESS: success.astype(bool),
+            **{key: np.repeat(value[None], frames, axis=0) for key, value in self._calibration.items()},
+            "timestamp": (np.arange(frames) / self._fps).astype(np.float32),
+            "frame_index": np.arange(frames, dtype=np.int64),
+            "episode_index": np.full(frames, index, np.int64),
+            "index": np.arange(self._num_frames, self._num_frames + frames, dtype=np.int64),
+            "task_index": np.full(frames, task, np.int64),
+        }
+        row: dict[str, Any] = {"episode_index": index, "tasks": [instruction], "length": frames, "name": name, "layout_seed": layout_seed}
+        row |= self._rows.add(columns)
+        row |= {"dataset_from_index": self._num_frames, "dataset_to_index": self._num_frames + frames}
+        statistics = {key: summarise(values) for key, values in columns.items()}
+        for track, pictures in zip(self._tracks, rgb, strict=True):
+            places, counts = track.add(pictures)
+            row |= places
+            statistics[track.key] = summarise_pictures(counts, frames)
+        row |= {f"stats/{key}/{stat}": value for key, values in statistics.items() for stat, value in values.items()}
+        self._episodes.append(row | {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0})
+        self._columns.append(columns)
+        self._num_frames += frames
+
+    def close_files(self) -> None:
+        """Nothing; ends the videos and tables under construction."""
+        for part in (*self._tracks, self._rows):
+            part.close()
+
+    def write_meta(self) -> None:
+        """Nothing; writes the folder `meta`. Call it last."""
+        totals = {key: summarise(np.concatenate([columns[key] for columns in self._columns])) for key in self._columns[0]}
+        totals |= {track.key: summarise_pictures(track.counts, self._num_frames) for track in self._tracks}
+        info = {
+            "codebase_version": CODEBASE_VERSION,
+            "robot_type": self._robot_type,
+            "total_episodes": len(self._episodes),
+            "total_frames": self._num_frames,
+            "total_tasks": len(self._tasks),
+            "chunks_size": _FILES_PER_CHUNK,
+            "data_files_size_in_mb": _DATA_FILE_MB,
+            "video_files_size_in_mb": _VIDEO_FILE_MB,
+            "fps": self._fps,
+            "splits": {"train": f"0:{len(self._episodes)}"},
+            "data_path": _DATA_PATH,
+            "video_path": _VIDEO_PATH,
+            "features": self._features,
+        }
+        write_json(self._folder / _INFO, info)
+        write_json(self._folder / "meta/stats.json", totals)
+        write_json(self._folder / _CAMERAS, {"cameras": [camera.to_dict() for camera in self._cameras]})
+        _write_table(self._folder / "meta/tasks.parquet", _tasks_table(self._tasks))
+        _write_table(self._folder / _EPISODES_PATH.format(chunk_index=0, file_index=0), pa.Table.from_pylist(self._episodes))
+
+
+class _VideoTrack:
+    """The videos of one camera: appends episodes and starts a new file when one is full."""
+
+    def __init__(self, folder: Path, camera: Camera, fps: int) -> None:
+        self.key = video_key(camera.name)
+        self.counts = np.zeros((3, 256), np.int64)
+        self._folder, self._camera, self._fps = folder, camera, fps
+        self._place = (0, 0)
+        self._writer: VideoWriter | None = None
+
+    def add(self, pictures: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+        """(the episode's columns that say where its pictures are, how often each value 0..255 occurs per colour [3 256])."""
+        if self._writer is not None and self._writer.num_bytes >= _VIDEO_FILE_MB * 2**20:
+            self.close()
+            self._place = _next_place(self._place)
+        chunk, file = self._place
+        if self._writer is None:
+            path = self._folder / _VIDEO_PATH.format(video_key=self.key, chunk_index=chunk, file_index=file)
+            self._writer = VideoWriter(path, self._fps, self._camera.height_px, self._camera.width_px)
+        first = self._writer.num_frames
+        self._writer.add(pictures)
+        counts = count_values(pictures)
+        self.counts += counts
+        places = {"chunk_index": chunk, "file_index": file}
+        places |= {"from_timestamp": first / self._fps, "to_timestamp": self._writer.num_frames / self._fps}
+        return {f"videos/{self.key}/{name}": value for name, value in places.items()}, counts
+
+    def close(self) -> None:
+        """Nothing; ends the file under construction."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+
+class _RowFile:
+    """The parquet files with one row per frame: appends episodes and starts a new file when one is full."""
+
+    def __init__(self, folder: Path, features: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._schema = pa.schema([(key, _arrow_type(feature)) for key, feature in features.items() if feature["dtype"] != "video"])
+        self._place = (0, 0)
+        self._path = folder
+        self._writer: pq.ParquetWriter | None = None
+
+    def add(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """The episode's columns that say where its rows are."""
+        if self._writer is not None and self._path.stat().st_size >= _DATA_FILE_MB * 2**20:
+            self.close()
+            self._place = _next_place(self._place)
+        chunk, file = self._place
+        if self._writer is None:
+            self._path = self._folder / _DATA_PATH.format(chunk_index=chunk, file_index=file)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = pq.ParquetWriter(self._path, self._schema, compression="snappy")
+        arrays = [_arrow_array(columns[field.name], field.type) for field in self._schema]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+        return {"data/chunk_index": chunk, "data/file_index": file}
+
+    def close(self) -> None:
+        """Nothing; ends the file under construction."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+
+def _features(cameras: Sequence[Camera], fps: int, action_names: Sequence[str]) -> dict[str, Any]:
+    """The feature table of `meta/info.json`."""
+    state_names = [*POINT_NAMES, *HAND_NAMES, GRIPPER_NAME]
+    features: dict[str, Any] = {
+        _STATE: {"dtype": "float32", "shape": [len(state_names)], "names": state_names},
+        _ACTION: {"dtype": "float32", "shape": [len(action_names)], "names": list(action_names)},
+        _SUCCESS: {"dtype": "bool", "shape": [1], "names": None},
+    }
+    for key, values in _calibration_columns(cameras).items():
+        side = round(len(values) ** 0.5)
+        features[key] = {"dtype": "float32", "shape": [len(values)], "names": [f"r{n // side}c{n % side}" for n in range(len(values))]}
+    for camera in cameras:
+        video = {"height": camera.height_px, "width": camera.width_px, "codec": VIDEO_CODEC, "pix_fmt": PIXEL_FORMAT, "is_depth_map": False}
+        features[video_key(camera.name)] = {
+            "dtype": "video",
+            "shape": [camera.height_px, camera.width_px, 3],
+            "names": ["height", "width", "channels"],
+            "info": {f"video.{name}": value for name, value in video.items()} | {"video.fps": fps, "video.channels": 3, "has_audio": False},
+        }
+    return features | {key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in _INDEX_FEATURES.items()}
+
+
+def _calibration_columns(cameras: Sequence[Camera]) -> dict[str, np.ndarray]:
+    """Feature name -> the matrix row by row, for readers that do not know `meta/cameras.json`."""
+    columns: dict[str, np.ndarray] = {}
+    for camera in cameras:
+        columns[f"camera.{camera.name}.intrinsics"] = camera.intrinsics.ravel().astype(np.float32)
+        columns[f"camera.{camera.name}.world_to_camera"] = camera.world_to_camera.ravel().astype(np.float32)
+    return columns
+
+
+def _arrow_type(feature: Mapping[str, Any]) -> pa.DataType:
+    value = {"float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_()}[feature["dtype"]]
+    return value if feature["shape"] == [1] else pa.list_(value, feature["shape"][0])
+
+
+def _arrow_array(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    if values.ndim == 1:
+        return pa.array(values, kind)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+
+
+def _tasks_table(tasks: Mapping[str, int]) -> pa.Table:
+    """`task_index` indexed by the instruction, with the note by which pandas finds the index again."""
+    index = "__index_level_0__"
+    text = {"name": None, "pandas_type": "unicode", "numpy_type": "object"}
+    number = {"name": "task_index", "field_name": "task_index", "pandas_type": "int64", "numpy_type": "int64", "metadata": None}
+    note = {
+        "index_columns": [index],
+        "column_indexes": [text | {"field_name": None, "metadata": {"encoding": "UTF-8"}}],
+        "columns": [number, text | {"field_name": index, "metadata": None}],
+        "pandas_version": "2.2.0",
+    }
+    table = pa.table({"task_index": pa.array(list(tasks.values()), pa.int64()), index: pa.array(list(tasks), pa.string())})
+    return table.replace_schema_metadata({"pandas": json.dumps(note)})
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="snappy")
+    write_file(path, buffer.getvalue())
+
+
+def read_lerobot(root: str | Path, cameras: Sequence[str] | None = None) -> tuple[Episode, ...]:
+    """The episodes of a dataset, in order, with the named cameras (None: all, in the order of `meta/cameras.json`).
+
+    Pictures are decoded when asked for. `MvwanError` naming the file, and the episode where there is one, for a folder that is no
+    LeRobot v3 dataset, a missing or broken file, a missing column, uncalibrated cameras, or videos shorter than the table says.
+    """
+    root = Path(root)
+    if not (root / _INFO).is_file():
+        raise MvwanError(f"{root}: not a LeRobot dataset, {_INFO} is missing. Give the folder that holds meta/, data/ and videos/.")
+    return _Reader(root, cameras).episodes()
+
+
+class _Reader:
+    """One dataset folder: its description, read and checked; then its episodes."""
+
+    def __init__(self, root: Path, cameras: Sequence[str] | None) -> None:
+        self._root = root
+        info = read_json(root / _INFO)
+        if not isinstance(info, dict):
+            raise MvwanError(f"{root / _INFO}: needs an object, got {type(info).__name__}")
+        version = str(_get(info, "codebase_version", root / _INFO))
+        if not version.startswith("v3."):
+            raise MvwanError(
+                f"{root / _INFO}: codebase_version is {version}, only v3 is read. Convert it with lerobot's own v3.0 converter."
+            )
+        self._fps, self._features, self._data_path, self._video_path = (
+            _get(info, key, root / _INFO) for key in ("fps", "features", "data_path", "video_path")
+        )
+        self._cameras = self._read_cameras(cameras)
+        self._point, self._hand, self._gripper = self._state_columns()
+
+    def _feature(self, key: str) -> Mapping[str, Any]:
+        return _get(self._features, key, self._root / _INFO)
+
+    def _read_cameras(self, names: Sequence[str] | None) -> tuple[Camera, ...]:
+        path = self._root / _CAMERAS
+        if not path.exists():
+            raise MvwanError(
+                f'{path}: no such file. The cameras must be calibrated: write {{"cameras": [{{"name", "width_px", "height_px", '
+                f'"intrinsics" 3x3, "world_to_camera" 4x4}}, ...]}}, one entry per observation.images.<name>.'
+            )
+        known = {camera.name: camera for camera in map(Camera.from_dict, _get(read_json(path), "cameras", path))}
+        for name in names or ():
+            if name not in known:
+                raise MvwanError(f"{path}: no camera {name!r}.{nearest(name, known)} There are: {', '.join(known)}. Set data.cameras.")
+        chosen = tuple(known[name] for name in names or known)
+        for camera in chosen:
+            feature, shape = self._feature(video_key(camera.name)), [camera.height_px, camera.width_px, 3]
+            if feature["dtype"] != "video" or list(feature["shape"]) != shape:
+                raise MvwanError(
+                    f"{self._root / _INFO}: {video_key(camera.name)} is {feature['dtype']} {list(feature['shape'])}, "
+                    f"{_CAMERAS} needs video {shape}"
+                )
+        return chosen
+
+    def _state_columns(self) -> tuple[list[int], list[int], list[int]]:
+        """Places of the point, the hand and the gripper in the state; the last two may be empty."""
+        names = self._feature(_STATE).get("names")
+        names = list(names) if isinstance(names, list) else []
+        missing = [name for name in POINT_NAMES if name not in names]
+        if missing:
+            raise MvwanError(
+                f"{self._root / _INFO}: {_STATE} has no {', '.join(missing)} (its names: {names}). Name the tracked point's coordinates so."
+            )
+        groups = (POINT_NAMES, HAND_NAMES, (GRIPPER_NAME,))
+        point, hand, gripper = ([names.index(name) for name in group] if set(group) <= set(names) else [] for group in groups)
+        return point, hand, gripper
+
+    def episodes(self) -> tuple[Episode, ...]:
+        """All episodes, checked against the files they stand on."""
+        table: list[dict[str, Any]] = []
+        for path in sorted((self._root / "meta/episodes").glob("*/*.parquet")):
+            names = [name for name in _parquet(path, pq.read_schema).names if not name.startswith("stats/")]
+            table += _parquet(path, pq.read_table, columns=names).to_pylist()
+        if not table:
+            raise MvwanError(f"{self._root / 'meta/episodes'}: lists no episode. {_AGAIN}")
+        rows = self._read_rows(table)
+        videos = sorted({path for row in table for path, _ in self._video_places(row)})
+        lengths, hashes = {path: count_frames(path) for path in videos}, {path: sha256_file(path) for path in videos}
+        result = tuple(self._episode(row, rows, lengths, hashes) for row in table)
+        twice = [name for name, times in Counter(episode.name for episode in result).items() if times > 1]
+        if twice:
+            raise MvwanError(
+                f"{self._root}: {twice[0]} is in it twice, so that one could train while the other validates. Remove one of them."
+            )
+        return result
+
+    def _read_rows(self, table: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """Column -> values of all frames, from the data files that the episodes name."""
+        places = [{name: _get(row, f"data/{name}", "meta/episodes") for name in ("chunk_index", "file_index")} for row in table]
+        wanted = [key for key in (_STATE, _ACTION, _SUCCESS, *_INDEX_FEATURES) if key in self._features]
+        parts: dict[str, list[np.ndarray]] = {key: [] for key in wanted}
+        for path in sorted({self._root / self._data_path.format(**place) for place in places}):
+            rows = _parquet(path, pq.read_table)
+            for key in wanted:
+                if key not in rows.column_names:
+                    raise MvwanError(f"{path}: lacks the column {key!r}, which {_INFO} lists. {_AGAIN}")
+                parts[key].append(_numpy(rows.column(key), self._feature(key)["shape"], path))
+        return {key: np.concatenate(part) for key, part in parts.items()}
+
+    def _video_places(self, row: Mapping[str, Any]) -> list[tuple[Path, int]]:
+        """(file, first frame in it) of an episode for every camera."""
+        places = []
+        for key in (video_key(camera.name) for camera in self._cameras):
+            chunk, file, start_s = (
+                _get(row, f"videos/{key}/{name}", "meta/episodes") for name in ("chunk_index", "file_index", "from_timestamp")
+            )
+            path = self._root / self._video_path.format(video_key=key, chunk_index=chunk, file_index=file)
+            places.append((path, round(start_s * self._fps)))
+        return places
+
+    def _episode(
+        self, row: Mapping[str, Any], rows: Mapping[str, np.ndarray], lengths: Mapping[Path, int], hashes: Mapping[Path, str]
+    ) -> Episode:
+        index, length = (int(_get(row, key, "meta/episodes")) for key in ("episode_index", "length"))
+        name = str(row.get("name") or f"{self._root.name}/{index:06d}")
+        mine = np.flatnonzero(rows["episode_index"] == index)
+        if not np.array_equal(rows["frame_index"][mine], np.arange(length)):
+            raise MvwanError(
+                f"episode {name}: {self._root / 'data'} holds {len(mine)} of its rows in order, meta/episodes says {length}. {_AGAIN}"
+            )
+        places = self._video_places(row)
+        for path, first in places:
+            if lengths[path] < first + length:
+                raise MvwanError(
+                    f"episode {name}: {path} holds {lengths[path]} pictures, pictures {first} to {first + length - 1} are needed. {_AGAIN}"
+                )
+        numbers = {key: values[mine] for key, values in rows.items() if key not in _INDEX_FEATURES}
+        state = numbers[_STATE]
+        extra = {"state": state} | {short: numbers[key] for short, key in (("action", _ACTION), ("success", _SUCCESS)) if key in numbers}
+        if self._hand:
+            extra["hand_m"] = state[:, self._hand].astype(np.float64)
+        instruction = str(_get(row, "tasks", "meta/episodes")[0])
+        identity = [name, instruction, self._fps, [camera.to_dict() for camera in self._cameras]]
+        identity += [[hashes[path], first] for path, first in places]
+        identity += [hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest() for values in numbers.values()]
+        return Episode(
+            name=name,
+            instruction=instruction,
+            cameras=self._cameras,
+            fps=float(self._fps),
+            point_m=state[:, self._point].astype(np.float64),
+            gripper_open=state[:, self._gripper[0]] if self._gripper else np.full(length, np.nan, np.float32),
+            read_rgb=VideoFrames(
+                name=name,
+                paths=tuple(path for path, _ in places),
+                first_frames=tuple(first for _, first in places),
+                num_frames=length,
+                fps=float(self._fps),
+            ),
+            extra=extra,
+            fingerprint=sha256_json(identity),
+        ).check()
+
+
+def _get(values: Mapping[str, Any], key: str, where: str | Path) -> Any:
+    if key not in values:
+        raise MvwanError(f"{where}: lacks {key!r}, which LeRobot v3 has. {_AGAIN}")
+    return values[key]
+
+
+def _numpy(column: pa.ChunkedArray, shape: Sequence[int], path: Path) -> np.ndarray:
+    """[rows] or [rows K] values of a column of that shape."""
+    values = column.combine_chunks()
+    nested = pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type)
+    flat = (values.flatten() if nested else values).to_numpy(zero_copy_only=False)
+    if len(flat) != len(column) * int(np.prod(shape)):
+        raise MvwanError(f"{path}: a column has {len(flat)} values in {len(column)} rows, {_INFO} says {list(shape)} per row. {_AGAIN}")
+    return flat.reshape(len(column), *shape) if nested else flat
+
+
+def _parquet(path: Path, read: Callable[..., Any], **options: Any) -> Any:
+    """What `read` makes of the file, or `MvwanError` naming it."""
+    try:
+        return read(path, **options)
+    except FileNotFoundError:
+        raise MvwanError(f"{path}: no such file. {_AGAIN}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise MvwanError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]}). {_AGAIN}") from error

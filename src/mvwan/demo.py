@@ -1,0 +1,195 @@
+"""The whole way in one command: record, encode, fine-tune with the switch off and on, evaluate, report.
+
+Each stage leaves its mark in `stages.json` with a key of the settings it was made from. A finished stage is not repeated while its
+settings and those before it stay the same, and a training that was cut off goes on from its newest checkpoint. Knows no model and
+no pixel.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+
+import mvwan
+from mvwan.config import Config
+from mvwan.data.dataset import WindowDataset, read_episodes
+from mvwan.errors import MvwanError
+from mvwan.evaluate import evaluate_prediction, render
+from mvwan.files import read_json, sha256_json, write_json
+from mvwan.latent_cache import build_cache
+from mvwan.model.latents import LatentCodec, codec_digest
+from mvwan.model.surgery import trainable_table
+from mvwan.model.trainable_table import compare
+from mvwan.model.wan import base_digest
+from mvwan.presets import config_from_preset
+from mvwan.report import write_report
+from mvwan.run_record import RunRecord, findings
+from mvwan.train import train
+
+_MARK = "stages.json"
+_PICTURED_WINDOWS = 2
+_DENOISE_STEPS = 5
+
+
+class Stages:
+    """What is finished in the folder of a demo, from which settings, and how long it took."""
+
+    def __init__(self, folder: Path, console: Console) -> None:
+        self._path = folder / _MARK
+        self._console = console
+        self._known: dict[str, dict[str, Any]] = read_json(self._path) if self._path.is_file() else {}
+        self._key = sha256_json(mvwan.__version__)
+        self._number = 0
+        self.seconds: dict[str, float] = {}
+        """Stage -> seconds it took when it was done, now or earlier."""
+
+    def heading(self, title: str) -> None:
+        """Nothing; prints the next number and the title."""
+        self._number += 1
+        self._console.print()
+        self._console.rule(f"[bold]{self._number}. {title}", align="left")
+
+    def run(self, name: str, settings: Mapping[str, Any], product: Path, work: Callable[[], Any], keep_stale: bool = False) -> None:
+        """Does `work`, which makes `product`, unless that is finished already from these settings after the same earlier stages.
+
+        What an unfinished attempt with the same settings left is kept for `work` to go on with; what other settings left is removed
+        first, unless `keep_stale`.
+        """
+        self.heading(name)
+        self._key = sha256_json([self._key, name, dict(settings)])
+        found = self._known.get(name, {})
+        is_same = found.get("key") == self._key
+        if is_same and found["is_finished"] and product.exists():
+            self.seconds[name] = found["seconds"]
+            self._console.print(f"[dim]finished earlier, in {found['seconds']:.1f} s: {product}")
+            return
+        if not is_same and not keep_stale:
+            _remove(product)
+        self._remember(name, is_finished=False)
+        start = time.monotonic()
+        work()
+        self.seconds[name] = round(time.monotonic() - start, 1)
+        self._remember(name, is_finished=True)
+        self._console.print(f"[dim]{self.seconds[name]:.1f} s")
+
+    def _remember(self, name: str, is_finished: bool) -> None:
+        self._known[name] = {"key": self._key, "is_finished": is_finished, "seconds": self.seconds.get(name, 0.0)}
+        write_json(self._path, self._known)
+
+
+def run_demo(
+    output: str | Path = "runs/demo",
+    *,
+    task: str = "drawer-open-v3",
+    episodes: int = 10,
+    steps: int = 300,
+    windows: int = 12,
+    seed: int = 0,
+    fresh: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """The report's path, after recording `episodes` demonstrations of a Meta-World task and two fine-tunings of `steps` steps.
+
+    `windows` held-out windows are measured at most. `fresh` removes what an earlier demo left. Raises `MvwanError` when `output`
+    holds something that is no demo.
+    """
+    output, console = Path(output), console or Console(highlight=False)
+    _prepare(output, fresh)
+    from mvwan.sim.metaworld import record, task_name
+
+    task = task_name(task)
+    stages = Stages(output, console)
+    demonstrations, latents = output / "demonstrations", output / "latents"
+    configs = {label: _config(demonstrations, latents, steps, seed, label == "on") for label in ("off", "on")}
+    source, text_tokens, size_px = configs["off"].base.source, configs["off"].data.text_tokens, configs["off"].data.height_px
+
+    stages.run(
+        f"Record {episodes} demonstrations of {task}",
+        {"task": task, "episodes": episodes, "seed": seed, "size_px": size_px},
+        demonstrations,
+        lambda: record(task, episodes, demonstrations, seed=seed, size_px=size_px),
+    )
+    stages.heading("What trains")
+    _print_tables(configs, console)
+    stages.run(
+        "Encode every window once, for both runs",
+        {"data": configs["off"].to_dict()["data"], "seed": seed, "codec": codec_digest(source, text_tokens)},
+        latents,
+        lambda: _encode(configs["off"], latents),
+        keep_stale=True,
+    )
+    for label, config in configs.items():
+        settings = {"config": config.to_dict(), "base": base_digest(source)}
+        stages.run(f"Fine-tune, switch {label}", settings, output / label, partial(train, config, output / label, resume=True))
+    for label in configs:
+        settings = {"windows": windows, "denoise_steps": _DENOISE_STEPS, "seed": seed}
+        product = output / label / "evaluation.json"
+        work = partial(evaluate_prediction, output / label, **settings, keep=_PICTURED_WINDOWS, progress=True)
+        stages.run(f"Measure on held-out episodes, switch {label}", settings, product, work)
+        console.print(render(read_json(product)))
+
+    stages.heading("Report")
+    about = {"task": task, "demonstrations": episodes, "base": configs["off"].base.source, "steps of each run": steps, "seed": seed}
+    path = write_report({label: output / label for label in configs}, output / "report.html", {**about, "seconds": stages.seconds})
+    records = [RunRecord(label=label, folder=output / label) for label in configs]
+    console.print(Panel("\n".join(f"• {sentence}" for sentence in findings(records)), title="In short", title_align="left"))
+    console.print(f"report: {path}", soft_wrap=True)
+    return path
+
+
+def _prepare(output: Path, fresh: bool) -> None:
+    """Makes the folder ready. Raises `MvwanError` when it holds something that no demo left there."""
+    if output.exists() and not output.is_dir():
+        raise MvwanError(f"--output {output}: a file, not a folder. Choose another --output.")
+    if output.is_dir() and any(output.iterdir()) and not (output / _MARK).is_file():
+        raise MvwanError(f"--output {output}: holds something that is no demo of mvwan. Choose another --output, or remove it yourself.")
+    if fresh:
+        for name in ("demonstrations", "latents", "off", "on", "report.html", _MARK):
+            _remove(output / name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _config(demonstrations: Path, latents: Path, steps: int, seed: int, switch: bool) -> Config:
+    settings = {
+        "seed": seed,
+        "unfreeze_modulation_and_norms": switch,
+        "data": {"root": str(demonstrations), "cache": str(latents)},
+        "train": {
+            "steps": steps,
+            "warmup_steps": min(20, steps // 4),
+            "save_every": max(1, steps // 3),
+            "evaluate_every": max(1, steps // 6),
+            "keep_last": 1,
+        },
+    }
+    return config_from_preset("tiny", settings, where="demo")
+
+
+def _print_tables(configs: Mapping[str, Config], console: Console) -> None:
+    tables = {}
+    for label, config in configs.items():
+        switch = config.unfreeze_modulation_and_norms
+        model, trainable = config.model, config.trainable
+        tables[label] = trainable_table(config.base.source, model.views, model.fusion, switch, trainable=trainable, train=config.train)
+        console.print(tables[label].render(f"Switch {label}"))
+    console.print(compare(tables["off"], tables["on"]).render("Off and on, side by side"))
+
+
+def _encode(config: Config, latents: Path) -> None:
+    episodes = read_episodes(config.data.root, config.data.cameras)
+    codec = LatentCodec.load(config.base.codec or config.base.source, config.data.text_tokens)
+    for split in ("train", "validation"):
+        build_cache(
+            WindowDataset(episodes, config.data, config.model.views, split, config.seed), codec, latents, config.data.heatmap_sigma_px
+        )
