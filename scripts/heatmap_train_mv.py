@@ -280,7 +280,10 @@ def config_of(args: argparse.Namespace) -> Config:
 
 
 def with_schedule(args: argparse.Namespace, config: Config, num_windows: int, processes: int) -> Config:
-    """`config` with epochs turned into steps: an epoch sees each of the windows `--dataset_repeat` times over all processes."""
+    """`config` with epochs turned into steps: an epoch is `--dataset_repeat` times as many samples as there are windows, over all processes.
+
+    With augmented variants in the cache, those samples come from all variants alike.
+    """
     for flag, minimum in (("num_epochs", 1), ("dataset_repeat", 1), ("save_steps", 0), ("save_epochs_interval", 0), ("max_steps", 1)):
         value = getattr(args, flag)
         if value is not None and value < minimum:

@@ -15,7 +15,9 @@ from mvwan.files import whole_file
 from mvwan.sim.metaworld import INSTRUCTIONS, Simulator, random_camera, rig, rollout
 
 SIZE_PX = 128
-SIGMA_PX = 2.5
+SIGMA_PX = 4.0
+SPOTS = (1, 1, 3, 6)
+"""Spots in a made-up heat clip, drawn evenly: several at once, since a lone one is a thousandth of the picture and teaches slowly."""
 EVALUATION_TASKS = (
     "button-press-topdown", "drawer-open", "door-open", "door-close", "button-press", "faucet-open", "faucet-close",
     "handle-press", "window-open", "coffee-button", "plate-slide", "drawer-close",
@@ -65,7 +67,7 @@ def record(folder: Path, layouts: int, seed: int, say: Callable[[str], None]) ->
                     arrays[f"{key}.uv_px"] = uv_px.astype(np.float32)
                     arrays[f"{key}.visible"] = camera.inside(uv_px, depth_m)
         with whole_file(path) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, **arrays)
+            np.savez(stream, allow_pickle=False, **arrays)
         say(f"recorded {task} ({number + 1} of {len(TRAINING_TASKS)})")
 
 
@@ -112,7 +114,12 @@ def track(num_frames: int, size_px: int, rng: np.random.Generator) -> tuple[np.n
 
 def heat_pictures(uv_px: np.ndarray, visible: np.ndarray, size_px: int = SIZE_PX) -> np.ndarray:
     """[F H W 3] uint8 JET pictures of the heatmaps."""
-    return heatmaps.colour(heatmaps.render(uv_px, visible, size_px, size_px, SIGMA_PX))
+    return heatmaps.colour(heat_of(uv_px, visible, size_px))
+
+
+def heat_of(uv_px: np.ndarray, visible: np.ndarray, size_px: int = SIZE_PX) -> np.ndarray:
+    """[F H W] float32 heatmaps of one point."""
+    return heatmaps.render(uv_px, visible, size_px, size_px, SIGMA_PX)
 
 
 def to_clips(pictures: np.ndarray) -> torch.Tensor:
@@ -121,7 +128,7 @@ def to_clips(pictures: np.ndarray) -> torch.Tensor:
 
 
 def vae_batch(videos: list[Video], size: int, num_frames: int, rng: np.random.Generator, size_px: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(clips [B 3 F H W] in -1..1, is_heat [B] bool): first half recorded RGB, cropped to `size_px`; then recorded and random heat tracks."""
+    """(clips [B 3 F H W] in -1..1, is_heat [B] bool): first half recorded RGB, cropped to `size_px`; then heatmaps."""
     pictures = []
     num_rgb = size // 2
     for index in range(size):
@@ -134,5 +141,6 @@ def vae_batch(videos: list[Video], size: int, num_frames: int, rng: np.random.Ge
         elif size_px == SIZE_PX and rng.random() < 0.4:
             pictures.append(heat_pictures(video.uv_px[frames], video.visible[frames]))
         else:
-            pictures.append(heat_pictures(*track(num_frames, size_px, rng), size_px))
+            tracks = [track(num_frames, size_px, rng) for _ in range(rng.choice(SPOTS))]
+            pictures.append(heatmaps.colour(np.max([heat_of(*one, size_px) for one in tracks], axis=0)))
     return to_clips(np.stack(pictures)), torch.arange(size) >= num_rgb

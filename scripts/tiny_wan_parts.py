@@ -61,13 +61,19 @@ _FIRST_LOG_VARIANCE = -6.0
 def new_vae(seed: int, mean: list[float] | None = None, std: list[float] | None = None) -> AutoencoderKLWan:
     """An untrained VAE; latents start nearly without noise. `mean` and `std` [48] are the latent statistics of its config."""
     torch.manual_seed(seed)
-    statistics = {"latents_mean": mean or [0.0] * LATENT_CHANNELS, "latents_std": std or [1.0] * LATENT_CHANNELS}
+    statistics: dict[str, Any] = {"latents_mean": mean or [0.0] * LATENT_CHANNELS, "latents_std": std or [1.0] * LATENT_CHANNELS}
     vae = AutoencoderKLWan(**VAE_SIZES, **statistics)
     with torch.no_grad():
         bias = vae.quant_conv.bias
         assert bias is not None
         bias[LATENT_CHANNELS:] = _FIRST_LOG_VARIANCE
     return vae
+
+
+def posterior(vae: AutoencoderKLWan, pictures: torch.Tensor) -> Any:
+    """The VAE's Gaussian over latents (`mean`, `std`, `var`, `logvar`) of pictures [B 3 F H W] in -1..1."""
+    encoded: Any = vae.encode(pictures)
+    return encoded.latent_dist
 
 
 def new_text_encoder(seed: int) -> UMT5EncoderModel:
@@ -91,12 +97,14 @@ def export(
 ) -> int:
     """Bytes written: a diffusers pipeline folder in bfloat16, islands in float32, `quality.json` beside it. Replaces `folder` whole."""
     for model in (vae, text_encoder):
-        model.to(torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
     for name, parameter in transformer.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if in_float32_island(name) else torch.bfloat16)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    tokenizer: Any = ByT5Tokenizer()
     pipeline = WanPipeline(
-        tokenizer=ByT5Tokenizer(),
+        tokenizer=tokenizer,
         text_encoder=text_encoder,
         vae=vae,
         scheduler=scheduler,

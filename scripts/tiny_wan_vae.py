@@ -16,9 +16,9 @@ import tiny_wan_clips as clips
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-from tiny_wan_parts import new_vae
+from tiny_wan_parts import VAE_SIZES, new_vae, posterior
 
-from mvwan.files import whole_file
+from mvwan.files import read_json, whole_file, write_json
 
 CROP_SHARE = 0.7
 """Share of the steps on many half-size crops instead of few whole pictures; the last quarter of the schedule has none."""
@@ -42,20 +42,20 @@ def _decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Ten
         one = latents[:, :, index : index + 1]
         frames.append(vae.decoder(one, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=index == 0))
     vae.clear_cache()
-    return unpatchify(torch.cat(frames, 2), patch_size=vae.config.patch_size)
+    return unpatchify(torch.cat(frames, 2), patch_size=VAE_SIZES["patch_size"])
 
 
 def loss_of(vae: AutoencoderKLWan, pictures: torch.Tensor, is_heat: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Losses of one batch: `rgb`, `heat` (L1 + weighted L2, blobs of heatmaps weighted), `kl`, and their `total`."""
-    posterior = vae.encode(pictures).latent_dist
-    latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+    gaussian = posterior(vae, pictures)
+    latents = gaussian.mean + gaussian.std * torch.randn(gaussian.mean.shape, generator=generator)
     error = _decode_unclamped(vae, latents) - pictures
     cost = error.abs() + SQUARE_WEIGHT * error.square()
     blob = (pictures - torch.tensor(_DARK_BLUE)[:, None, None, None]).abs().amax(1, keepdim=True) > 0.15
     weight = 1 + (BLOB_WEIGHT - 1) * (blob & is_heat[:, None, None, None, None])
     rgb = cost[~is_heat].mean()
     heat = (cost * weight)[is_heat].mean()
-    kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+    kl = 0.5 * (gaussian.mean.square() + gaussian.var - 1 - gaussian.logvar).mean()
     return {"total": rgb + heat + KL_WEIGHT * kl, "rgb": rgb.detach(), "heat": heat.detach(), "kl": kl.detach()}
 
 
@@ -82,7 +82,7 @@ def train(
     seed: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """What was done (steps, seconds); writes `vae.pt` (resumed from when there) and `vae.jsonl` in `folder`.
+    """What was done (steps, minutes); writes `vae.pt` (resumed from when there), `vae.jsonl` and `history.json` in `folder`.
 
     Ends after `steps` steps or `minutes` minutes of training, whichever is first; the schedule follows the nearer of both ends.
     """
@@ -100,6 +100,7 @@ def train(
         optimizer.load_state_dict(stored["optimizer"])
         average, step, seconds = stored["average"], stored["step"], stored["seconds"]
         say(f"vae: continue at step {step}, {seconds / 60:.1f} min")
+    _note_start(folder / "history.json", step, peak_learning_rate)
     videos = [video for video in load() if not video.held_out]
     sums: dict[str, float] = {}
     last = time.monotonic()
@@ -135,7 +136,16 @@ def train(
     return {"steps": step, "minutes": round(seconds / 60, 1)}
 
 
-def _save(path: Path, vae: AutoencoderKLWan, optimizer: torch.optim.Optimizer, average: dict[str, torch.Tensor], step: int, seconds: float) -> None:
+def _note_start(path: Path, step: int, peak_learning_rate: float) -> None:
+    """Nothing; what can change between two parts of one training is on record, so that the weights do not claim one setting for all."""
+    history = read_json(path) if path.exists() else []
+    start = {"from_step": step, "heatmap_sigma_px": clips.SIGMA_PX, "spots": list(clips.SPOTS), "learning_rate": peak_learning_rate}
+    write_json(path, [*history, start])
+
+
+def _save(
+    path: Path, vae: AutoencoderKLWan, optimizer: torch.optim.Optimizer, average: dict[str, torch.Tensor], step: int, seconds: float
+) -> None:
     state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step, "seconds": seconds}
     with whole_file(path) as temporary:
         torch.save(state, temporary)
@@ -152,11 +162,11 @@ def trained(folder: Path, seed: int) -> tuple[AutoencoderKLWan, int]:
 
 
 @torch.no_grad()
-def latent_statistics(vae: AutoencoderKLWan, videos: list[clips.Video], seed: int, batches: int = 40) -> tuple[list[float], list[float]]:
+def latent_statistics(vae: AutoencoderKLWan, videos: list[clips.Video], seed: int, batches: int = 16) -> tuple[list[float], list[float]]:
     """(mean [48], std [48]) of posterior means over training clips, RGB and heatmaps in equal parts."""
     latents = []
     for number in range(batches):
         pictures, _ = clips.vae_batch(videos, 4, 9, np.random.default_rng([seed, 77, number]), clips.SIZE_PX)
-        latents.append(vae.encode(pictures).latent_dist.mean)
+        latents.append(posterior(vae, pictures).mean)
     flat = torch.cat(latents).transpose(0, 1).flatten(1)
     return flat.mean(1).tolist(), flat.std(1).tolist()

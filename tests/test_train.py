@@ -1,7 +1,6 @@
-"""train: the whole trainer on real demonstrations at 64 px: what it writes, resuming to the bit, accumulation, processes, refusals.
+"""train: the whole trainer on demonstrations at 64 px: what it writes, resuming to the bit, accumulation, refusals.
 
-Several processes are in `test_train_processes.py`. Most runs take the two-block base of the golden files and stored latents of noise, so that they do not change with the weights that
-the package ships; one run goes through the codec and the tiny Wan.
+Most runs are `golden_run` of the conftest; one goes through the codec and the tiny Wan. Several processes: `test_train_processes.py`.
 """
 
 import json

@@ -88,7 +88,7 @@ def run_demo(
     task: str = "drawer-open-v3",
     episodes: int = 10,
     steps: int = 300,
-    windows: int = 12,
+    windows: int = 8,
     seed: int = 0,
     fresh: bool = False,
     console: Console | None = None,
@@ -126,12 +126,14 @@ def run_demo(
     for label, config in configs.items():
         settings = {"config": config.to_dict(), "base": base_digest(source)}
         stages.run(f"Fine-tune, switch {label}", settings, output / label, partial(train, config, output / label, resume=True))
+    measured: Any = None
     for label in configs:
         settings = {"windows": windows, "denoise_steps": _DENOISE_STEPS, "seed": seed}
         product = output / label / "evaluation.json"
-        work = partial(evaluate_prediction, output / label, **settings, keep=_PICTURED_WINDOWS, progress=True)
+        work = partial(evaluate_prediction, output / label, **settings, keep=_PICTURED_WINDOWS, codec_from=measured, progress=True)
         stages.run(f"Measure on held-out episodes, switch {label}", settings, product, work)
-        console.print(render(read_json(product)))
+        measured = read_json(product)
+        console.print(render(measured))
 
     stages.heading("Report")
     about = {"task": task, "demonstrations": episodes, "base": configs["off"].base.source, "steps of each run": steps, "seed": seed}
@@ -164,7 +166,7 @@ def _config(demonstrations: Path, latents: Path, steps: int, seed: int, switch: 
     settings = {
         "seed": seed,
         "unfreeze_modulation_and_norms": switch,
-        "data": {"root": str(demonstrations), "cache": str(latents)},
+        "data": {"root": str(demonstrations), "cache": str(latents), "window_stride": 7},
         "train": {
             "steps": steps,
             "warmup_steps": min(20, steps // 4),

@@ -20,7 +20,7 @@ from mvwan import heatmaps, metrics
 from mvwan.batch import Prediction, Sample
 from mvwan.data.dataset import WindowDataset, heat_video, read_episodes
 from mvwan.errors import MvwanError
-from mvwan.files import whole_file, write_json
+from mvwan.files import sha256_json, whole_file, write_json
 from mvwan.metrics import Tally
 from mvwan.sample import LoadedRun, load_run, predict, write_prediction
 from mvwan.trajectory import lift
@@ -76,12 +76,14 @@ def evaluate_prediction(
     seed: int = 0,
     output: str | Path | None = None,
     keep: int = 0,
+    codec_from: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Measures as plain dicts, also written to `output` (None: `evaluation.json` in the run's folder).
 
-    At most `windows` held-out windows, spread evenly. `keep` of them, spread evenly too, are stored as
-    `predictions/NN.npz` beside the JSON, for pictures. `progress` shows a bar on stderr.
+    At most `windows` held-out windows, spread evenly. `keep` of them, spread evenly too, are stored as `predictions/NN.npz`
+    beside the JSON, for pictures. `codec_from` is an earlier result: its codec column is taken over when codec and windows are
+    the same. `progress` shows a bar on stderr.
     """
     started = time.monotonic()
     loaded = run if isinstance(run, LoadedRun) else load_run(run)
@@ -89,13 +91,15 @@ def evaluate_prediction(
     chosen = spread(len(held_out), windows)
     kept = {chosen[place] for place in spread(len(chosen), keep)}
     target = Path(output) if output is not None else loaded.checkpoint.parents[1] / "evaluation.json"
+    codec_key = sha256_json([loaded.codec.digest, loaded.config.data.heatmap_sigma_px, *map(held_out.sample_fingerprint, chosen)])
+    known_codec = codec_from["measures"]["codec"] if codec_from is not None and codec_from["codec_key"] == codec_key else None
     tallies: Tallies = {source: {} for source in SOURCES}
     per_frame: dict[str, list[Tally]] = {}
     rows: list[dict[str, Any]] = []
     for index in track(chosen, "predicting", console=Console(stderr=True), transient=True, disable=not progress):
         sample = held_out.sample(index)
         prediction = predict_sample(loaded, sample, denoise_steps, seed)
-        measured = measure_window(loaded, sample, prediction)
+        measured = measure_window(loaded, sample, prediction, with_codec=known_codec is None)
         _add(tallies, measured)
         _add_frames(per_frame, sample, prediction, max(metrics.num_given_frames(loaded.config.train.condition_frames) - 1, 0))
         rows.append(_window_row(sample, measured))
@@ -118,7 +122,8 @@ def evaluate_prediction(
         "given_frames": metrics.num_given_frames(loaded.config.train.condition_frames),
         "size_px": [loaded.config.data.height_px, loaded.config.data.width_px],
         "found_within_px": PCK_SHARE * loaded.config.data.height_px,
-        "measures": {source: _summary(tallies[source]) for source in SOURCES},
+        "codec_key": codec_key,
+        "measures": {source: known_codec if source == "codec" and known_codec else _summary(tallies[source]) for source in SOURCES},
         "per_frame_peak_error_px": {source: [_number(tally.mean) for tally in frames] for source, frames in per_frame.items()},
         "windows": rows,
         "seconds": round(time.monotonic() - started, 1),
@@ -134,12 +139,11 @@ def spread(available: int, wanted: int) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, available - 1, wanted).tolist()}) if wanted > 1 else [available // 2] * wanted
 
 
-def measure_window(run: LoadedRun, sample: Sample, prediction: Prediction) -> Tallies:
-    """The tallies of one window for the prediction, the held first frame, and the truth through the codec."""
+def measure_window(run: LoadedRun, sample: Sample, prediction: Prediction, with_codec: bool = True) -> Tallies:
+    """The tallies of one window for the prediction, the held first frame, and (unless left out) the truth through the codec."""
     given = run.config.train.condition_frames
     last_given = max(metrics.num_given_frames(given) - 1, 0)
-    coded_rgb, coded_uv, coded_point = _through_codec(run, sample)
-    return {
+    measured = {
         "predicted": {
             **_measure(sample, prediction.rgb, prediction.uv_px, prediction.point_m, given),
             "view_disagreement_px": metrics.view_disagreement_px(prediction.uv_px, prediction.confidence, sample.cameras, given),
@@ -147,8 +151,8 @@ def measure_window(run: LoadedRun, sample: Sample, prediction: Prediction) -> Ta
         "hold_first": _measure(
             sample, _held(sample.rgb, 1, last_given), _held(sample.uv_px, 1, last_given), _held(sample.point_m, 0, last_given), given
         ),
-        "codec": _measure(sample, coded_rgb, coded_uv, coded_point, given),
     }
+    return measured | {"codec": _measure(sample, *_through_codec(run, sample), given)} if with_codec else measured
 
 
 def _held(values: np.ndarray, frame_axis: int, last_given: int) -> np.ndarray:
@@ -238,7 +242,7 @@ def save_prediction(path: Path, sample: Sample, prediction: Prediction, sigma_px
         "predicted_point_m": prediction.point_m,
     }
     with whole_file(path) as partial, partial.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def load_prediction(path: str | Path) -> dict[str, np.ndarray]:

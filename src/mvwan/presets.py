@@ -18,7 +18,7 @@ _TINY: dict[str, Any] = {
         "frame_interval": 2,  # Meta-World is recorded at 40 frames per second: at 20 the arm goes somewhere within a window
         "height_px": 128,
         "width_px": 128,
-        "heatmap_sigma_px": 2.5,
+        "heatmap_sigma_px": 4.0,
         "text_tokens": 64,
     },
     "train": {

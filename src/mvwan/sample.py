@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,7 +117,8 @@ def predict(
         precision=config.train.precision,
     )
     videos = codec.decode_video(torch.cat(latents[0].chunk(2, dim=1)))
-    return _prediction(*np.split(videos, 2), given, heat, cameras, prompt)
+    rgb, heat_rgb = np.split(videos, 2)
+    return _prediction(rgb, heat_rgb, given, heat, cameras, prompt)
 
 
 @torch.inference_mode()
@@ -192,7 +194,7 @@ def _given_heat(given: np.ndarray, cameras: Sequence[Camera], point_m: np.ndarra
     views, frames, height, width = given.shape[:4]
     points = np.full((frames, 3), np.nan) if point_m is None else np.atleast_2d(np.asarray(point_m, np.float64))
     if points.shape != (frames, 3):
-        raise MvwanError(f"point_m is {np.shape(point_m)}; needed is one point in metres per given picture, ({frames}, 3)")
+        raise MvwanError(f"point_m is {points.shape}; needed is one point in metres per given picture, ({frames}, 3)")
     uv = np.zeros((views, frames, 2))
     visible = np.zeros((views, frames), bool)
     known = np.isfinite(points).all(axis=-1)
@@ -231,7 +233,7 @@ def write_prediction(
     `MvwanError` when the folder exists.
     """
     output = Path(output)
-    numbers = {name: _listed(getattr(prediction, name)) for name in ("uv_px", "confidence", "point_m", "residual_px")}
+    numbers = {name: listed(getattr(prediction, name)) for name in ("uv_px", "confidence", "point_m", "residual_px")}
     with whole_directory(output) as folder:
         write_json(
             folder / "prediction.json",
@@ -249,6 +251,8 @@ def write_prediction(
     return sorted(output.iterdir())
 
 
-def _listed(values: np.ndarray) -> list[object]:
-    """Nested lists for JSON; null where a number is missing."""
-    return np.where(np.isfinite(values), values, None).tolist()
+def listed(values: np.ndarray) -> list[Any]:
+    """Nested lists for JSON, None where a number is not finite."""
+    found = values.astype(object)
+    found[~np.isfinite(values)] = None
+    return found.tolist()

@@ -14,12 +14,13 @@ stored and a resumed run goes on to the bit. The loss of a step is one mean over
 processes and micro-batches. Knows no file format of demonstrations and no parameter name.
 """
 
+import atexit
 import importlib.util
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -37,8 +38,9 @@ from accelerate.utils import (
     gather_object,
 )
 from rich.console import Console
+from rich.table import Table
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mvwan import checkpoint, flow, pictures
@@ -114,7 +116,9 @@ def train(config: Config, output: str | Path, resume: bool = False) -> TrainResu
     not finite or the movement proof fails.
     """
     output = Path(output)
-    found = _checkpoint_to_resume(output, resume)
+    found = checkpoint.latest_checkpoint(output)
+    if found is not None and not resume:
+        raise MvwanError(f"{output}: holds a run at {found.name}. Use --resume to go on with it, or another output folder.")
     accelerator = _accelerator(config, output)
     try:
         state = _build(config, output, accelerator, found)
@@ -122,9 +126,11 @@ def train(config: Config, output: str | Path, resume: bool = False) -> TrainResu
         accelerator.wait_for_everyone()
         return _result(state)
     finally:
-        accelerator.end_training()
-        # Accelerate keeps its settings in class variables: the next run of this process would inherit them.
-        AcceleratorState._reset_state(reset_partial_state=True)
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        # Accelerate keeps its settings in class variables: the next run of this process would inherit them. The process group stays
+        # for that run, since it cannot be joined twice.
+        AcceleratorState._reset_state()
         GradientState._reset_state()
 
 
@@ -155,7 +161,7 @@ def loop(state: State) -> None:
 
 def train_step(state: State, batches: Sequence[Batch]) -> dict[str, Any]:
     """Losses, gradient norms and learning rates of one optimizer update on `batches`, one per micro-batch. `state.step` is one higher."""
-    weight, counts = state.config.train.rgb_weight, _counts_of_step(state, batches)
+    counts = _counts_of_step(state, batches)
     sums, broken = _accumulate_gradients(state, batches, counts)
     norms = gradient_norms(state.own.model, state.own.table)
     norm = _clip(state)
@@ -167,8 +173,7 @@ def train_step(state: State, batches: Sequence[Batch]) -> dict[str, Any]:
     state.average.update()
     state.step += 1
     rgb, heat = (total / max(count, 1) for total, count in zip(_over_processes(state.accelerator, sums), counts, strict=True))
-    loss = weight * rgb + (1 - weight) * heat
-    return {"loss": loss, "rgb_loss": rgb, "heat_loss": heat, "gradient_norm": norm, "gradient_norms": norms, "learning_rates": rates}
+    return {**_losses(state.config.train, rgb, heat), "gradient_norm": norm, "gradient_norms": norms, "learning_rates": rates}
 
 
 def _accumulate_gradients(state: State, batches: Sequence[Batch], counts: tuple[int, int]) -> tuple[torch.Tensor, list[str]]:
@@ -232,7 +237,7 @@ def _prove_if_due(state: State, norms: Mapping[str, float]) -> None:
     if state.accelerator.is_main_process:
         write_json(state.output / "movement.json", {"first_step": state.first_step, **report.to_json()})
         with tqdm.external_write_mode():
-            Console().print(report.render())
+            _show(report.render())
 
 
 # ── once in a while: log, save, evaluate ──────────────────────────────────────────────────────────────────────────────────────────
@@ -267,9 +272,8 @@ def save(state: State) -> None:
 def _evaluate_if_due(state: State) -> None:
     """Held-out losses per sigma band and stream, at fixed sigma and noise: before the first step, every so often, and at the end."""
     config = state.config.train
-    done = any(line["kind"] == "held_out" and line["step"] == state.step for line in state.history)
     due = config.evaluate_every and config.evaluate_windows and (state.step % config.evaluate_every == 0 or state.step == config.steps)
-    if state.held_out is None or done or not due:
+    if state.held_out is None or not due or any(line["kind"] == "held_out" and line["step"] == state.step for line in state.history):
         return
     start = time.perf_counter()
     chosen = np.unique(np.linspace(0, len(state.held_out) - 1, config.evaluate_windows).round().astype(int)).tolist()
@@ -290,19 +294,14 @@ def _held_out_loss(state: State, sigma: float, indices: Sequence[int]) -> dict[s
         errors = state.own(batch, config.seed, HELD_OUT_STEP, torch.full((len(batch.sample_ids),), sigma))
         totals += torch.stack([value.sum().double() for value in (errors.rgb_sum, errors.rgb_count, errors.heat_sum, errors.heat_count)])
     rgb_sum, rgb_count, heat_sum, heat_count = _over_processes(accelerator, totals)
-    rgb, heat = rgb_sum / max(rgb_count, 1), heat_sum / max(heat_count, 1)
-    weight = config.train.rgb_weight
-    return {"loss": weight * rgb + (1 - weight) * heat, "rgb_loss": rgb, "heat_loss": heat}
+    return _losses(config.train, rgb_sum / max(rgb_count, 1), heat_sum / max(heat_count, 1))
+
+
+def _losses(train: TrainConfig, rgb: float, heat: float) -> dict[str, float]:
+    return {"loss": train.rgb_weight * rgb + (1 - train.rgb_weight) * heat, "rgb_loss": rgb, "heat_loss": heat}
 
 
 # ── build ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _checkpoint_to_resume(output: Path, resume: bool) -> Path | None:
-    found = checkpoint.latest_checkpoint(output)
-    if found is not None and not resume:
-        raise MvwanError(f"{output}: holds a run at {found.name}. Use --resume to go on with it, or another output folder.")
-    return found
 
 
 def _accelerator(config: Config, output: Path) -> Accelerator:
@@ -332,6 +331,7 @@ def _accelerator(config: Config, output: Path) -> Accelerator:
         raise MvwanError(
             f"WORLD_SIZE={launched}, but accelerate joined {accelerator.num_processes} processes. Use accelerate launch or torchrun."
         )
+    atexit.register(accelerator.state.destroy_process_group)
     return accelerator
 
 
@@ -339,6 +339,7 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
     """The state before the first step of this process. Every check comes before the first byte is written."""
     episodes = read_episodes(config.data.root, config.data.cameras)
     training, held_out = (WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation"))
+    HeatmapWanTrainingModule(config=config, device="meta", print_banners=False)  # do the groups fit the base?
     manifest = _manifest(config, accelerator.num_processes, training.fingerprint)
     step = 0
     if found is not None:
@@ -346,7 +347,8 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
         checkpoint.check_resume(saved, manifest, found)
         step = saved["step"]
     start_from = found or config.train.from_checkpoint
-    HeatmapWanTrainingModule(config=config, checkpoint=start_from, device="meta", print_banners=False)  # does it all fit?
+    if start_from is not None:
+        HeatmapWanTrainingModule(config=config, checkpoint=start_from, device="meta", print_banners=False)  # does it fit the groups?
     caches = _latents(config, output, accelerator, training, held_out)
 
     own = HeatmapWanTrainingModule(config=config, checkpoint=start_from, print_banners=accelerator.is_main_process)
@@ -376,7 +378,9 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
         average=MovingAverage(own, config.train.ema_decay, averaged),
         history=[line for line in read_json_lines(output / "metrics.jsonl") if line["step"] <= step] if found else [],
     )
-    if state.proof_step - step >= MINIMUM_STEPS:
+    # At the very end of a cosine, where a run may be resumed, steps are too small to tell from standing still.
+    rates_are_alive = all(group["lr"] > 1e-3 * group["initial_lr"] for group in optimizer.param_groups)
+    if state.proof_step - step >= MINIMUM_STEPS and (found is None or rates_are_alive):
         state.proof = MovementProof(own.model, own.table)
         state.proof.snapshot()
     if accelerator.is_main_process:
@@ -421,26 +425,14 @@ def _latents(
     return caches[0], caches[1] if len(caches) > 1 else None
 
 
-class _MicroBatches(Dataset[Batch]):
-    """Micro-batch by its item numbers, for a `DataLoader` that only fetches."""
-
-    def __init__(self, cache: LatentCache) -> None:
-        self.cache = cache
-
-    def __getitem__(self, items: Any) -> Batch:
-        return self.cache.batch(items)
-
-
 def _windows(config: Config, cache: LatentCache, accelerator: Accelerator, first_step: int) -> Iterator[Batch]:
     """This process's micro-batches from `first_step` to the end."""
     items = _items(config.train, config.seed, len(cache), accelerator.num_processes, accelerator.process_index, first_step)
-    loader = DataLoader(
-        _MicroBatches(cache), batch_size=None, sampler=items, num_workers=config.train.num_workers, collate_fn=lambda batch: batch
-    )
-    return iter(loader)
+    numbers: Any = range(len(cache))  # the loader deals in item numbers; the cache makes a batch of them, in a worker if there is one
+    return iter(DataLoader(numbers, batch_sampler=items, num_workers=config.train.num_workers, collate_fn=cache.batch))
 
 
-def _items(train: TrainConfig, seed: int, num_items: int, num_processes: int, process: int, first_step: int) -> Iterator[list[int]]:
+def _items(train: TrainConfig, seed: int, num_items: int, num_processes: int, process: int, first_step: int) -> Iterable[list[int]]:
     """Item numbers of each micro-batch of one process. The windows of a step are the same however processes and micro-batches cut it."""
     for step in range(first_step, train.steps):
         shape = (train.gradient_accumulation, num_processes, train.batch_size)
@@ -456,11 +448,16 @@ def _introduce(state: State, training: WindowDataset) -> None:
     if state.first_step == 0:
         items = global_indices(config.seed, 0, state.manifest["items_per_step"], len(training) * training.num_variants)
         write_file(output / "first_batch.png", pictures.png(_first_batch(training, items.tolist(), config.data.heatmap_sigma_px)))
-    Console().print(state.own.table.render())
+    _show(state.own.table.render())
     for line in state.own.fit.describe() if state.own.fit else ():
         print(f"checkpoint: {line}")
     if state.first_step:
         print(f"going on at step {state.first_step} of {config.train.steps}")
+
+
+def _show(table: Table) -> None:
+    """Prints a table; it keeps its columns where the output is no terminal."""
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _first_batch(training: WindowDataset, items: Sequence[int], sigma_px: float, at_most: int = 4) -> np.ndarray:

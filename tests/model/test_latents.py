@@ -16,7 +16,7 @@ def codec() -> LatentCodec:
     return LatentCodec.load("tiny", TEXT_TOKENS)
 
 
-def moving_heat(num_frames: int = 5, size_px: int = 128, sigma_px: float = 2.5) -> tuple[np.ndarray, np.ndarray]:
+def moving_heat(num_frames: int = 5, size_px: int = 128, sigma_px: float = 4.0) -> tuple[np.ndarray, np.ndarray]:
     """([3 F H W 3] uint8, uv_px [3 F 2]) of three points that move across the picture."""
     steps = np.linspace(0, 1, num_frames)[:, None]
     starts = np.array([[30.0, 40.0], [80.0, 64.0], [64.0, 96.0]])

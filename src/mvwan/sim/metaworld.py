@@ -331,7 +331,7 @@ def rollout(
     cameras: Sequence[Camera] | None = None,
     steps_per_frame: int = STEPS_PER_FRAME,
 ) -> Rollout:
-    """The expert's run on one layout, seen by `cameras` (None: the standard rig at `size_px`; none: numbers only, a hundred times faster).
+    """The expert's run on one layout, seen by `cameras` (None: the standard rig at `size_px`; none: numbers only, much faster).
 
     Pass a `Simulator` instead of a task name to reuse its renderer; `cameras` then may be any of its size. The run goes on for
     `SETTLE_STEPS` control steps after success and is given up after `MAX_CONTROL_STEPS`.

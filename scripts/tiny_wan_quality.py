@@ -1,0 +1,101 @@
+"""Measures the exported tiny Wan on held-out layouts, through the package's own doors, as anybody would use it. Knows no training."""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import tiny_wan_clips as clips
+import torch
+from tiny_wan_parts import SHIFT, TEXT_TOKENS
+from tiny_wan_transformer import FRAME_INTERVAL, NUM_FRAMES, loss_of, velocity
+
+from mvwan import flow, heatmaps
+from mvwan.model.latents import LatentCodec
+from mvwan.model.wan import load_transformer
+
+FAR_PX = 10.0
+SIGMAS_PX = (2.5, 4.0)
+"""Heatmap sizes whose survival is measured: peaks of the smaller ones are lost sooner."""
+DENOISE_STEPS = 5
+
+
+def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of uint8 pictures, over all values together."""
+    error = np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2)
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))
+
+
+def measure(folder: str, videos: list[clips.Video], num_videos: int, seed: int) -> dict[str, Any]:
+    """Numbers with units in their names, over evenly spread held-out videos. The VAE runs in float32."""
+    codec = LatentCodec.load(folder, TEXT_TOKENS)
+    chosen = [videos[index] for index in np.linspace(0, len(videos) - 1, min(num_videos, len(videos))).astype(int)]
+    frames = [
+        clips.window(video, NUM_FRAMES, FRAME_INTERVAL, np.random.default_rng([seed, 3, number])) for number, video in enumerate(chosen)
+    ]
+    pictures = np.stack([video.rgb[kept] for video, kept in zip(chosen, frames, strict=True)])
+    uv_px = np.stack([video.uv_px[kept] for video, kept in zip(chosen, frames, strict=True)])
+    seen = np.stack([video.visible[kept] for video, kept in zip(chosen, frames, strict=True)])
+    clean = torch.cat([codec.encode_video(pictures[start : start + 4]) for start in range(0, len(pictures), 4)])
+    decoded = np.concatenate([codec.decode_video(part) for part in clean.split(4)])
+    return {
+        "held_out_videos": len(chosen),
+        "rgb_psnr_db": round(psnr_db(decoded, pictures), 2),
+        "heatmap_peak_shift": [_peak_shift(codec, uv_px, seen, sigma_px) for sigma_px in SIGMAS_PX],
+        "rgb_latents_mean": round(float(clean.mean()), 3),
+        "rgb_latents_std": round(float(clean.std()), 3),
+        **_measure_transformer(folder, codec, clean, pictures, [video.instruction for video in chosen], seed),
+    }
+
+
+def _peak_shift(codec: LatentCodec, uv_px: np.ndarray, seen: np.ndarray, sigma_px: float) -> dict[str, float]:
+    """How far the VAE moves the peaks of heatmaps at uv_px [N F 2], in px, over the frames `seen` [N F] that show one.
+
+    A frame without a peak after decoding counts as lost; mean, median and p95 are over the frames that have one.
+    """
+    shift_px, confidence = [], []
+    for start in range(0, len(uv_px), 4):
+        uv, shown = uv_px[start : start + 4], seen[start : start + 4]
+        video = heatmaps.colour(heatmaps.render(uv, shown, clips.SIZE_PX, clips.SIZE_PX, sigma_px))
+        found, sure = heatmaps.peak(heatmaps.uncolour(codec.decode_video(codec.encode_video(video))))
+        shift_px.append(np.where(sure > 0, np.linalg.norm(found - uv, axis=-1), np.inf)[shown])
+        confidence.append(sure[shown])
+    shift = np.concatenate(shift_px)
+    kept = shift[np.isfinite(shift)]
+    return {
+        "heatmap_sigma_px": sigma_px,
+        "frames": len(shift),
+        "mean_px": round(float(kept.mean()), 3),
+        "median_px": round(float(np.median(kept)), 3),
+        "p95_px": round(float(np.quantile(kept, 0.95)), 3),
+        "share_without_peak": round(float(np.isinf(shift).mean()), 4),
+        f"share_over_{FAR_PX:.0f}_px": round(float((kept > FAR_PX).mean()), 4),
+        "mean_confidence": round(float(np.concatenate(confidence).mean()), 3),
+    }
+
+
+@torch.no_grad()
+def _measure_transformer(
+    folder: str, codec: LatentCodec, clean: torch.Tensor, pictures: np.ndarray, instructions: list[str], seed: int
+) -> dict[str, Any]:
+    transformer = load_transformer(folder, torch.float32)
+    text = codec.encode_text(instructions)
+    names = [str(index) for index in range(len(clean))]
+    noise = flow.draw_noise(seed, 0, names, clean.shape[1:])
+    losses = {
+        name: round(float(loss_of(transformer, clean, noise, torch.full((len(clean),), (low + high) / 2), text)), 4)
+        for low, high, name in flow.sigma_bands()
+    }
+    given = clean[:, :, :1]
+    latents = torch.cat([given, noise[:, :, 1:]], 2)
+    sigmas = flow.euler_sigmas(DENOISE_STEPS, SHIFT)
+    for sigma, following in pairwise(sigmas):
+        per_frame = flow.sigma_per_frame(sigma.expand(len(clean)), clean.shape[2], 1)
+        latents = flow.euler_step(latents, velocity(transformer, latents, per_frame, text), sigma, following)
+        latents = torch.cat([given, latents[:, :, 1:]], 2)
+    predicted = np.concatenate([codec.decode_video(part) for part in latents.split(4)])
+    held = np.repeat(pictures[:, :1], pictures.shape[1] - 1, axis=1)
+    return {
+        "held_out_velocity_loss_by_sigma": losses,
+        f"predicted_rgb_psnr_db_{DENOISE_STEPS}_steps": round(psnr_db(predicted[:, 1:], pictures[:, 1:]), 2),
+        "hold_first_rgb_psnr_db": round(psnr_db(held, pictures[:, 1:]), 2),
+    }

@@ -1,0 +1,154 @@
+"""Measures of a real two-step run: the baselines are what they claim, held-out means held out, and nothing counts the given frame."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mvwan import metrics
+from mvwan.batch import Prediction, Sample
+from mvwan.config import Config
+from mvwan.data.dataset import read_episodes
+from mvwan.errors import MvwanError
+from mvwan.evaluate import evaluate_prediction, held_out_windows, load_prediction, measure_window, render, sample_window, spread
+from mvwan.heatmaps import render as render_heat
+from mvwan.metrics import Tally
+from mvwan.presets import config_from_preset
+from mvwan.sample import LoadedRun, load_run
+from mvwan.train import train
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run: the preset `debug` on demonstrations of a ball, two steps."""
+    output = tmp_path_factory.mktemp("runs") / "debug"
+    settings = {"data": {"root": str(tiny_demonstrations), "heatmap_sigma_px": 2.0}, "train": {"tracker": "none"}}
+    train(config_from_preset("debug", settings), output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> LoadedRun:
+    return load_run(folder)
+
+
+@pytest.fixture(scope="module")
+def sample(run: LoadedRun) -> Sample:
+    return held_out_windows(run).sample(0)
+
+
+def perfect(sample: Sample, **changes: np.ndarray) -> Prediction:
+    """The truth as if it had been predicted."""
+    views, frames, height, width = sample.rgb.shape[:4]
+    truth = Prediction(
+        rgb=sample.rgb,
+        heat=render_heat(sample.uv_px, sample.visible, height, width, 2.0),
+        uv_px=sample.uv_px,
+        confidence=np.ones((views, frames), np.float32),
+        point_m=sample.point_m,
+        residual_px=np.zeros(frames),
+        cameras=sample.cameras,
+        prompt=sample.instruction,
+    )
+    return dataclasses.replace(truth, **changes)
+
+
+def total(tallies: tuple[Tally, ...]) -> Tally:
+    return sum(tallies, Tally())
+
+
+def test_spread_takes_both_ends() -> None:
+    assert spread(5, 9) == [0, 1, 2, 3, 4]
+    assert spread(10, 4) == [0, 3, 6, 9]
+    assert spread(7, 1) == [3]
+    assert spread(7, 0) == []
+
+
+def test_the_truth_scores_perfectly_and_the_given_frame_never_counts(run: LoadedRun, sample: Sample) -> None:
+    spoiled = {"rgb": sample.rgb.copy(), "uv_px": sample.uv_px.copy(), "point_m": sample.point_m.copy()}
+    spoiled["rgb"][:, 0], spoiled["uv_px"][:, 0], spoiled["point_m"][0] = 0, 0, 9.0
+    for prediction in (perfect(sample), perfect(sample, **spoiled)):
+        measured = measure_window(run, sample, prediction, with_codec=False)["predicted"]
+        assert total(measured["peak_error_px"]).mean == 0
+        assert total(measured["peak_error_px"]).count == sample.visible[:, 1:].sum()
+        assert total(measured["found"]).mean == 1
+        assert total(measured["error_3d_mm"]).mean == 0
+        assert total(measured["rgb_squared_error"]).mean == 0
+        assert total(measured["view_disagreement_px"]).mean < 1e-3
+
+
+def test_known_errors_are_measured_as_such(run: LoadedRun, sample: Sample) -> None:
+    moved = perfect(sample, uv_px=sample.uv_px + np.array([3.0, 4.0], np.float32), point_m=sample.point_m + np.array([0, 0, 0.01]))
+    measured = measure_window(run, sample, moved, with_codec=False)
+    assert total(measured["predicted"]["peak_error_px"]).mean == pytest.approx(5, abs=1e-4)
+    assert total(measured["predicted"]["error_3d_mm"]).mean == pytest.approx(10)
+    held = np.linalg.norm(sample.uv_px - sample.uv_px[:, :1], axis=-1)[:, 1:][sample.visible[:, 1:]].mean()
+    assert total(measured["hold_first"]["peak_error_px"]).mean == pytest.approx(held)
+    walked = 1000 * np.linalg.norm(sample.point_m - sample.point_m[0], axis=-1)[1:].mean()
+    assert total(measured["hold_first"]["error_3d_mm"]).mean == pytest.approx(walked)
+    assert "codec" not in measured
+
+
+def test_evaluation_of_a_run(folder: Path, run: LoadedRun) -> None:
+    result = evaluate_prediction(folder, windows=3, denoise_steps=1, keep=1)
+    assert json.loads((folder / "evaluation.json").read_text()) == result
+    held_out = held_out_windows(run)
+    trained_on = {episode.name for episode in read_episodes(run.config.data.root)} - {window.episode.name for window in held_out.windows}
+    assert len(trained_on) == 3
+    assert result["episodes"] == sorted({window.episode.name for window in held_out.windows})
+    assert not trained_on & set(result["episodes"])
+    assert result["num_windows"] == len(result["windows"]) == min(3, len(held_out))
+    for source in ("predicted", "hold_first", "codec"):
+        measures = result["measures"][source]
+        assert measures["rgb_psnr_db"]["mean"] == pytest.approx(metrics.psnr_db(measures["rgb_squared_error"]["mean"]), abs=0.01)
+        assert len(measures["peak_error_px"]["per_view"]) == 3
+    frames = result["per_frame_peak_error_px"]
+    assert frames["hold_first"][0] == 0
+    assert frames["predicted"][0] == pytest.approx(0, abs=0.1)
+    assert len(frames["predicted"]) == 5
+    assert len(render(result).rows) == 6
+    stored = load_prediction(folder / result["windows"][0]["pictures"])
+    assert stored["true_rgb"].shape == stored["predicted_rgb"].shape == stored["true_heat"].shape == (3, 5, 64, 64, 3)
+    assert str(stored["prompt"]) == "move the ball"
+    assert stored["predicted_point_m"].shape == (5, 3)
+
+    again = evaluate_prediction(run, windows=3, denoise_steps=1, codec_from=result, output=folder / "again.json")
+    assert again["measures"] == result["measures"]
+    other = evaluate_prediction(
+        run, windows=1, denoise_steps=1, codec_from={**result, "codec_key": "of other windows"}, output=folder / "other.json"
+    )
+    assert other["codec_key"] != "of other windows"
+    assert other["measures"]["codec"]["peak_error_px"]["count"] == 3 * 4
+
+
+def test_a_foreign_data_set_is_held_out_whole(run: LoadedRun, tiny_demonstrations: Path, tmp_path: Path) -> None:
+    assert len(held_out_windows(run, tiny_demonstrations)) == len(held_out_windows(run))
+    link = tmp_path / "copy"
+    link.mkdir()
+    for part in tiny_demonstrations.iterdir():
+        (link / part.name).symlink_to(part)
+    assert {window.episode.name for window in held_out_windows(run, link).windows} == {f"ball/{number:06d}" for number in range(4)}
+
+
+def test_no_held_out_windows_is_an_error(run: LoadedRun) -> None:
+    config = run.config.to_dict()
+    config["data"]["validation_share"] = 0.0
+    everything = dataclasses.replace(run, config=Config(**config))
+    with pytest.raises(MvwanError, match="no held-out windows"):
+        held_out_windows(everything)
+
+
+def test_sample_window_writes_a_folder(folder: Path, tmp_path: Path) -> None:
+    written = sample_window(folder, tmp_path / "out", denoise_steps=1)
+    assert {"prediction.json", "left.mp4", "left.png"} <= {path.name for path in written}
+    with pytest.raises(MvwanError, match="held-out windows, 0 to 0"):
+        sample_window(folder, tmp_path / "more", window=5)
+    assert not (tmp_path / "more").exists()
+
+
+def test_a_file_that_is_no_prediction_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.npz").write_text("no")
+    with pytest.raises(MvwanError, match="not a stored prediction"):
+        load_prediction(tmp_path / "x.npz")
