@@ -280,7 +280,8 @@ def config_of(args: argparse.Namespace) -> Config:
 
 
 def with_schedule(args: argparse.Namespace, config: Config, num_windows: int, processes: int) -> Config:
-    """`config` with epochs turned into steps: an epoch is `--dataset_repeat` times as many samples as there are windows, over all processes.
+    """`config` with epochs turned into steps: an epoch is as many samples as there are windows, times `--dataset_repeat`, over all
+    processes.
 
     With augmented variants in the cache, those samples come from all variants alike.
     """

@@ -59,7 +59,7 @@ def test_overrides_lie_on_top_and_leave_the_preset_alone() -> None:
 def test_misspelt_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(MvwanError, match=r"no such preset; there are debug, tiny.*Did you mean 'tiny'\?"):
         preset("tinny")
-    with pytest.raises(MvwanError, match="train.steps"):
+    with pytest.raises(MvwanError, match=r"train\.steps"):
         config_from_preset("tiny", {"train": {"steps": 0}})
 
 

@@ -93,12 +93,12 @@ def config_of(script: ModuleType) -> Callable[..., Config]:
 
 def test_banners_of_the_5b_with_the_switch_off(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     script.run(["--base", "wan2.2-ti2v-5b", "--dry_run"])
-    assert capsys.readouterr().out == KEEPING_FROZEN + MULTI_VIEW_OFF
+    assert capsys.readouterr().out == KEEPING_FROZEN.removesuffix("\n") + MULTI_VIEW_OFF
 
 
 def test_banners_of_the_5b_with_the_switch_on(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     script.run(["--base", "wan2.2-ti2v-5b", "--dry_run", "--unfreeze_modulation_and_norms"])
-    assert capsys.readouterr().out == UNFREEZING + MULTI_VIEW_ON
+    assert capsys.readouterr().out == UNFREEZING.removesuffix("\n") + MULTI_VIEW_ON
 
 
 def test_only_the_main_process_prints_banners(

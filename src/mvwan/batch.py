@@ -39,7 +39,7 @@ class Episode:
     """[F] float32, 0 closed .. 1 open; NaN where not recorded."""
     read_rgb: Callable[[Sequence[int]], np.ndarray] = field(repr=False)
     """frames -> [V len(frames) H W 3] uint8."""
-    extra: dict[str, np.ndarray] = field(default_factory=dict)
+    extra: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
     """Further per-frame arrays of the source by name (`action` [F A], `hand_m` [F 3], `state` [F K])."""
     fingerprint: str = ""
     """Changes whenever the stored bytes of the episode change; part of the latent cache's key."""
@@ -90,7 +90,12 @@ class Sample:
         views, frames = self.rgb.shape[:2]
         check_num_frames(frames)
         _require(len(self.cameras) == views, f"sample {self.sample_id}: {len(self.cameras)} cameras for {views} views")
-        for name, shape in (("uv_px", (views, frames, 2)), ("visible", (views, frames)), ("point_m", (frames, 3)), ("gripper_open", (frames,))):
+        for name, shape in (
+            ("uv_px", (views, frames, 2)),
+            ("visible", (views, frames)),
+            ("point_m", (frames, 3)),
+            ("gripper_open", (frames,)),
+        ):
             given = getattr(self, name).shape
             _require(given == shape, f"sample {self.sample_id}: {name} is {given}, needs {shape}")
         return self
@@ -158,7 +163,12 @@ class Prediction:
         """Itself, or `MvwanError` that names the field at fault."""
         views, frames = self.rgb.shape[:2]
         num_latent_frames(frames)
-        for name, shape in (("uv_px", (views, frames, 2)), ("confidence", (views, frames)), ("point_m", (frames, 3)), ("residual_px", (frames,))):
+        for name, shape in (
+            ("uv_px", (views, frames, 2)),
+            ("confidence", (views, frames)),
+            ("point_m", (frames, 3)),
+            ("residual_px", (frames,)),
+        ):
             given = getattr(self, name).shape
             _require(given == shape, f"prediction: {name} is {given}, needs {shape}")
         _require(self.heat.shape == self.rgb.shape[:-1], f"prediction: heat is {self.heat.shape}, needs {self.rgb.shape[:-1]}")

@@ -103,7 +103,7 @@ class TrainableConfig:
     """What trains."""
 
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    groups: dict[str, GroupConfig] = dataclasses.field(default_factory=dict)
+    groups: dict[str, GroupConfig] = dataclasses.field(default_factory=dict[str, GroupConfig])
     """Group name -> overrides; a name that is not built in needs a `pattern` and comes before the built-in groups."""
 
 
@@ -230,7 +230,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation", "learning_rate", "save_every", "log_every"):
             _positive(f"train.{name}", getattr(self, name))
-        for name in ("weight_decay", "max_gradient_norm", "warmup_steps", "keep_last", "evaluate_every", "evaluate_windows", "num_workers", "condition_frames"):
+        for name in (
+            "weight_decay",
+            "max_gradient_norm",
+            "warmup_steps",
+            "keep_last",
+            "evaluate_every",
+            "evaluate_windows",
+            "num_workers",
+            "condition_frames",
+        ):
             _positive(f"train.{name}", getattr(self, name), allow_minimum=True)
         _positive("train.movement_step", self.movement_step, 2, allow_minimum=True)
         _share("train.rgb_weight", self.rgb_weight)
@@ -261,7 +270,9 @@ class Config:
                 f"latent frames and at least one must be predicted. Set train.condition_frames below {latent_frames}."
             )
         if self.data.cameras is not None and len(self.data.cameras) != self.model.views:
-            raise MvwanError(f"data.cameras names {len(self.data.cameras)} cameras, model.views={self.model.views}. Set one to match the other.")
+            raise MvwanError(
+                f"data.cameras names {len(self.data.cameras)} cameras, model.views={self.model.views}. Set one to match the other."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, ready for JSON or YAML."""
@@ -291,10 +302,8 @@ def trainable_from_dict(values: Mapping[str, Any], where: str = "config") -> Tra
 
 
 def _checked(section: type[Any], values: Mapping[str, Any], where: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise MvwanError(f"{where}: a mapping of sections is needed, got {type(values).__name__}")
     try:
-        return TypeAdapter(section).validate_python(dict(values))
+        return TypeAdapter(section).validate_python(values)
     except ValidationError as error:
         raise MvwanError(_one_sentence(error, where)) from None
 
@@ -316,7 +325,8 @@ def merge(base: Mapping[str, Any], *overrides: Mapping[str, Any]) -> dict[str, A
     for override in overrides:
         for name, value in override.items():
             old = merged.get(name)
-            merged[name] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+            both = isinstance(old, Mapping) and isinstance(value, Mapping)
+            merged[name] = merge(cast("Mapping[str, Any]", old), cast("Mapping[str, Any]", value)) if both else value
     return merged
 
 
@@ -332,7 +342,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise MvwanError(f"{path}: a mapping of sections is needed, got {type(values).__name__}")
-    return values
+    return cast("dict[str, Any]", values)
 
 
 def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:

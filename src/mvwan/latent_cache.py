@@ -107,9 +107,7 @@ def is_complete(folder: str | Path, dataset: WindowDataset, codec_digest: str, s
     return all(_state(path) == "whole" for path in {*keys.samples, *keys.texts})
 
 
-def build_cache(
-    dataset: WindowDataset, codec: LatentCodec, folder: str | Path, sigma_px: float, progress: bool = True
-) -> LatentCache:
+def build_cache(dataset: WindowDataset, codec: LatentCodec, folder: str | Path, sigma_px: float, progress: bool = True) -> LatentCache:
     """The complete cache, after encoding what was not there. An entry that is damaged is encoded again, and that is said.
 
     An interrupted build goes on where it stopped. Raises `MvwanError` when the disk does not take an entry.
@@ -152,7 +150,9 @@ def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         try:
             save_file(tensors, partial, metadata={"digest": _digest(tensors)})
         except (SafetensorError, OSError) as error:
-            raise MvwanError(f"{path}: the entry cannot be written ({error}). Free some space, or set data.cache to another folder.") from None
+            raise MvwanError(
+                f"{path}: the entry cannot be written ({error}). Free some space, or set data.cache to another folder."
+            ) from None
 
 
 def _state(path: Path) -> str:
@@ -174,7 +174,9 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, OSError) as error:
         raise MvwanError(f"latent cache entry {path}: cannot be read ({error}). Start the run again: it encodes the entry anew.") from None
     if metadata.get("digest") != _digest(tensors):
-        raise MvwanError(f"latent cache entry {path}: damaged, its bits are not those that were written. Start the run again: it encodes the entry anew.")
+        raise MvwanError(
+            f"latent cache entry {path}: damaged, its bits are not those that were written. Start the run again: it encodes the entry anew."
+        )
     return tensors
 
 
@@ -183,5 +185,5 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         total.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

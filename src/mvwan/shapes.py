@@ -24,9 +24,7 @@ def check_num_frames(num_frames: int, field: str = "data.num_frames") -> None:
     """Nothing, or `MvwanError` naming `field` when `num_frames` is not 4*k + 1."""
     if num_frames < 1 or (num_frames - 1) % FRAMES_PER_LATENT:
         below = max(1, num_frames - (num_frames - 1) % FRAMES_PER_LATENT)
-        raise MvwanError(
-            f"{field}={num_frames}: Wan needs 4*k+1 frames; nearest are {below} and {below + FRAMES_PER_LATENT}. Set {field}."
-        )
+        raise MvwanError(f"{field}={num_frames}: Wan needs 4*k+1 frames; nearest are {below} and {below + FRAMES_PER_LATENT}. Set {field}.")
 
 
 def check_picture_size(height_px: int, width_px: int, field: str = "data.height_px, data.width_px") -> None:
@@ -66,6 +64,6 @@ def num_tokens(latent_frames: int, latent_height: int, latent_width: int) -> int
 def frames_of_latent(latent_frame: int) -> range:
     """The frames that latent frame `latent_frame` holds: frame 0 alone, then groups of four."""
     if latent_frame == 0:
-        return range(0, 1)
+        return range(1)
     start = (latent_frame - 1) * FRAMES_PER_LATENT + 1
     return range(start, start + FRAMES_PER_LATENT)

@@ -310,7 +310,7 @@ def _accelerator(config: Config, output: Path) -> Accelerator:
     if "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         raise MvwanError(
             "accelerate launch was asked for several processes and started one, as it does on a CPU. Add --multi_gpu, which works "
-            "without a GPU too, and leave --cpu out: accelerate launch --multi_gpu --num_processes 2 ..."
+            "without a GPU too, and leave --cpu out: accelerate launch --multi_gpu --num_processes 2 ... (or unset MASTER_PORT for one.)"
         )
     tracker = config.train.tracker
     if tracker != "none" and importlib.util.find_spec(tracker) is None:

@@ -67,8 +67,7 @@ class HeatmapWanTrainingModule(nn.Module):
             self.model.enable_gradient_checkpointing()
         self.train()
         if self.print_banners:
-            self._unfreeze_modulation()
-            self._unfreeze_mv_modules()
+            print(modulation_banner(self.table) + multiview_banner(self.table))
 
     def _load(self, checkpoint: str | Path | None, device: str | torch.device) -> tuple[MultiViewWan, LoadReport]:
         base, model = self.config.base, self.config.model

@@ -138,7 +138,7 @@ def test_a_native_base_in_shards_with_an_index_and_a_config_beside(tmp_path: Pat
     model, _ = mvwan.load_model(tmp_path, GOLDEN / "trained_frozen.safetensors")
     assert (run(model) - expected("frozen")).abs().max() < TOLERANCE[torch.float32]
     (tmp_path / "a-00002-of-00002.safetensors").unlink()
-    with pytest.raises(MvwanError, match="a-00002-of-00002.safetensors missing"):
+    with pytest.raises(MvwanError, match=r"a-00002-of-00002\.safetensors missing"):
         describe(tmp_path)
 
 
@@ -148,7 +148,7 @@ def test_bases_that_are_none_say_so(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("not tensors")
     with pytest.raises(MvwanError, match="not a readable safetensors file"):
         describe(tmp_path / "text.safetensors")
-    with pytest.raises(MvwanError, match="neither transformer/config.json nor config.json"):
+    with pytest.raises(MvwanError, match=r"neither transformer/config\.json nor config\.json"):
         describe(tmp_path)
     tensors = load_file(GOLDEN / "base.safetensors")
     tensors["blocks.0.ffn.0.weight"] = tensors["blocks.0.ffn.0.weight"][:90].contiguous()

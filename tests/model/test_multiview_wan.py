@@ -40,7 +40,7 @@ def make_inputs(batch: int = 2, views: int = 3, frames: int = 3, height: int = 4
 
 def stock_on_each_view(stock: WanTransformer3DModel, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """[B V 48 f h w]: stock Wan, run alone on each view's RGB latents with its own per-token timesteps."""
-    batch, views, _, frames, height, width = latents.shape
+    _batch, views, _, frames, height, width = latents.shape
     per_token = timestep[:, None].repeat(1, frames)
     per_token[:, 0] = 0
     per_token = per_token.repeat_interleave((height // 2) * (width // 2), dim=1)

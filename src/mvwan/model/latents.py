@@ -41,7 +41,8 @@ class LatentCodec:
         """The codec of base `source`: the VAE in float32, the text encoder as stored. Raises `MvwanError` when the base has none."""
         digest = codec_digest(source, text_tokens)
         tokenizer, text_encoder = load_text_encoder(source)
-        return cls(load_vae(source).to(device), tokenizer, text_encoder.to(device), text_tokens, digest)
+        vae: Any = load_vae(source)
+        return cls(vae.to(device), tokenizer, text_encoder.to(device), text_tokens, digest)
 
     @torch.no_grad()
     def encode_video(self, rgb: np.ndarray) -> torch.Tensor:
@@ -72,7 +73,9 @@ class LatentCodec:
         ids, mask = tokens.input_ids, tokens.attention_mask
         if ids.shape[1] > self.text_tokens:
             longest = max(prompts, key=len)
-            raise MvwanError(f"prompt {longest[:60]!r}: {ids.shape[1]} tokens, data.text_tokens={self.text_tokens}. Raise data.text_tokens.")
+            raise MvwanError(
+                f"prompt {longest[:60]!r}: {ids.shape[1]} tokens, data.text_tokens={self.text_tokens}. Raise data.text_tokens."
+            )
         device = self.text_encoder.device
         self.text_encoder.eval()  # somebody may have called train() on it since: its dropout would make every call differ
         embedded = self.text_encoder(ids.to(device), mask.to(device)).last_hidden_state.float().cpu()

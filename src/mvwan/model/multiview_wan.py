@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
@@ -147,7 +146,9 @@ class MultiViewWan(WanTransformer3DModel):
         if image_dim is not None or added_kv_proj_dim is not None or pos_embed_seq_len is not None:
             raise MvwanError("the base takes image embeddings (Wan2.1 image-to-video); mvwan adapts Wan2.2-TI2V, which has none")
         if in_channels != out_channels:
-            raise MvwanError(f"the base has {in_channels} input and {out_channels} output channels; mvwan adapts bases where both are equal")
+            raise MvwanError(
+                f"the base has {in_channels} input and {out_channels} output channels; mvwan adapts bases where both are equal"
+            )
         if patch_size[0] != 1:
             raise MvwanError(f"the base has patch size {tuple(patch_size)}; mvwan needs one token row per latent frame, so 1 in time")
         super().__init__(
@@ -159,18 +160,21 @@ class MultiViewWan(WanTransformer3DModel):
         self.blocks = nn.ModuleList(
             MultiViewWanBlock(dim, ffn_dim, num_attention_heads, qk_norm or "none", cross_attn_norm, eps) for _ in range(num_layers)
         )
+        patch = (patch_size[0], patch_size[1], patch_size[2])
         if fusion == "channel":
-            self.patch_embedding = nn.Conv3d(2 * in_channels, dim, kernel_size=tuple(patch_size), stride=tuple(patch_size))
+            self.patch_embedding = nn.Conv3d(2 * in_channels, dim, kernel_size=patch, stride=patch)
         else:
-            self.patch_embedding_heatmap = nn.Conv3d(in_channels, dim, kernel_size=tuple(patch_size), stride=tuple(patch_size))
+            self.patch_embedding_heatmap = nn.Conv3d(in_channels, dim, kernel_size=patch, stride=patch)
         del self.norm_out, self.proj_out, self.scale_shift_table
+        self._patch, self._fusion, self._channels, self._text_dim = patch, fusion, in_channels, text_dim
         self.head_rgb = StreamHead(dim, out_channels * math.prod(patch_size), eps)
         self.head_heatmap = StreamHead(dim, out_channels * math.prod(patch_size), eps)
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Type of the frozen products: bfloat16 when the base was loaded so, whatever type the trained tensors have."""
-        return self.blocks[0].attn1.to_k.weight.dtype
+        block: Any = self.blocks[0]
+        return block.attn1.to_k.weight.dtype
 
     def forward(  # type: ignore[override]
         self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, condition_frames: int = 1
@@ -201,37 +205,41 @@ class MultiViewWan(WanTransformer3DModel):
 
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, text, time_six, rope_frames, rope_streams)
+                x = self._recompute(block, x, text, time_six, rope_frames, rope_streams)
             else:
                 x = block(x, text, time_six, rope_frames, rope_streams)
 
-        rgb, heat = (x, x) if self.config.fusion == "channel" else x.split(views, dim=1)
-        _, p, q = self.config.patch_size
+        rgb, heat = (x, x) if self._fusion == "channel" else x.split(views, dim=1)
+        _, p, q = self._patch
         patches = torch.stack([self.head_rgb(rgb, time), self.head_heatmap(heat, time)])
         # A head's rows are ordered (patch position, channel): the channel comes last.
         return rearrange(
             patches, "m B V f (h w) (p q C) -> B V (m C) f (h p) (w q)", B=batch, h=height // p, w=width // q, p=p, q=q
         ).to(latents.dtype)  # fmt: skip
 
+    def _recompute(self, block: nn.Module, *arguments: Any) -> torch.Tensor:
+        assert self._gradient_checkpointing_func is not None  # set by enable_gradient_checkpointing()
+        return self._gradient_checkpointing_func(block, *arguments)
+
     def _embed(self, latents: torch.Tensor) -> torch.Tensor:
         """[B S f n D] tokens of [B V 2C f h w] latents: S = V for fusion "channel", 2V (all RGB, then all heat) for "view"."""
         autocast = torch.is_autocast_enabled(latents.device.type)
+        _, p, q = self._patch
 
-        _, p, q = self.config.patch_size
-
-        def tokens(pictures: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
+        def tokens(pictures: torch.Tensor, embedding: nn.Conv3d) -> torch.Tensor:
             # The stride is the kernel, so the convolution is one matrix product per patch. That also keeps training clear of oneDNN's
             # bfloat16 gradients of convolutions, which hang on processors with AMX (seen with torch 2.13 on a Wan VAE).
             patches = rearrange(pictures, "B V C f (h p) (w q) -> B V f (h w) (C p q)", p=p, q=q)
-            return F.linear(patches if autocast else patches.to(embedding.weight.dtype), embedding.weight.flatten(1), embedding.bias)
+            weight, bias = embedding.weight.flatten(1), embedding.bias
+            return nn.functional.linear(patches if autocast else patches.to(weight.dtype), weight, bias)
 
-        if self.config.fusion == "channel":
+        if self._fusion == "channel":
             return tokens(latents, self.patch_embedding)
         rgb, heat = latents.chunk(2, dim=2)
         return torch.cat([tokens(rgb, self.patch_embedding), tokens(heat, self.patch_embedding_heatmap)], dim=1)
 
     def _embed_time(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """([B f D], [B f 6 D]) of timestep [B f]: once per latent frame, outside autocast, since bfloat16 tells 1000 timesteps poorly apart."""
+        """([B f D], [B f 6 D]) of timestep [B f]: once per latent frame; outside autocast, since bfloat16 tells timesteps poorly apart."""
         embedder = self.condition_embedder
         with torch.autocast(timestep.device.type, enabled=False):
             waves = embedder.timesteps_proj(timestep.flatten().float())
@@ -242,17 +250,17 @@ class MultiViewWan(WanTransformer3DModel):
         return rearrange(time, "(B f) D -> B f D", f=frames), rearrange(time_six, "(B f) (k D) -> B f k D", f=frames, k=6)
 
     def _check(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, condition_frames: int) -> None:
-        channels = 2 * self.config.in_channels
+        channels = 2 * self._channels
         if latents.ndim != 6 or latents.shape[2] != channels:
             raise MvwanError(f"latents are {list(latents.shape)}; needed are [B, V, {channels}, f, h, w], RGB channels first")
         batch, _, _, frames, height, width = latents.shape
-        _, p, q = self.config.patch_size
+        _, p, q = self._patch
         if height % p or width % q:
             raise MvwanError(f"latents are {height} x {width}; each side must be a multiple of the patch {p} x {q}")
         if tuple(timestep.shape) not in ((batch,), (batch, frames)):
             raise MvwanError(f"timestep is {list(timestep.shape)}; needed is [{batch}] or [{batch}, {frames}]")
-        if text.ndim != 3 or text.shape[0] not in (1, batch) or text.shape[2] != self.config.text_dim:
-            raise MvwanError(f"text is {list(text.shape)}; needed is [{batch}, L, {self.config.text_dim}] or [1, L, {self.config.text_dim}]")
+        if text.ndim != 3 or text.shape[0] not in (1, batch) or text.shape[2] != self._text_dim:
+            raise MvwanError(f"text is {list(text.shape)}; needed is [{batch}, L, {self._text_dim}] or [1, L, {self._text_dim}]")
         if not 0 <= condition_frames < frames:
             raise MvwanError(f"condition_frames={condition_frames} of {frames} latent frames; at least one must be left to predict")
 
@@ -266,7 +274,10 @@ def initial_values(stock: Mapping[str, torch.Tensor], fusion: Fusion) -> dict[st
     values: dict[str, tuple[torch.Tensor, str]] = {}
     weight = stock["patch_embedding.weight"]
     if fusion == "channel":
-        values["patch_embedding.weight"] = (torch.cat([weight, torch.zeros_like(weight)], dim=1), "stock for RGB channels, zero for heat channels")
+        values["patch_embedding.weight"] = (
+            torch.cat([weight, torch.zeros_like(weight)], dim=1),
+            "stock for RGB channels, zero for heat channels",
+        )
     else:
         for part in ("weight", "bias"):
             values[f"patch_embedding_heatmap.{part}"] = (stock[f"patch_embedding.{part}"].clone(), "copy of patch_embedding")

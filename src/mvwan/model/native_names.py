@@ -76,7 +76,7 @@ def _translate(name: str, block_pairs: dict[str, str], root_pairs: dict[str, str
     return None
 
 
-_TO_OURS = ({native: ours for native, ours in _BLOCK_PAIRS}, {native: ours for native, ours in _ROOT_PAIRS})
+_TO_OURS = (dict(_BLOCK_PAIRS), dict(_ROOT_PAIRS))
 _TO_NATIVE = ({ours: native for native, ours in _BLOCK_PAIRS}, {ours: native for native, ours in _ROOT_PAIRS})
 
 

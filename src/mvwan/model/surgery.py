@@ -14,7 +14,7 @@ from mvwan.config import LoraConfig, TrainableConfig, TrainConfig, trainable_fro
 from mvwan.model.multiview_wan import Fusion, MultiViewWan, initial_values, stock_arguments
 from mvwan.model.trainable import ResolvedGroup, apply, resolve_groups
 from mvwan.model.trainable_table import TrainableTable
-from mvwan.model.wan import WanTransformer3DModel, base_digest, describe, in_float32_island, load_transformer
+from mvwan.model.wan import WanTransformer3DModel, base_digest, in_float32_island, load_transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def adapt(stock: WanTransformer3DModel, views: int = 3, fusion: Fusion = "channe
     Takes over the tensors of `stock` (which must not be used afterwards). Works on the meta device. Raises `MvwanError` for a
     base that has no multi-view form.
     """
-    before = {name: tensor for name, tensor in stock.named_parameters()}
+    before = dict(stock.named_parameters())
     new = initial_values(before, fusion)
     with torch.device("meta"):
         model = MultiViewWan(**stock_arguments(stock.config), views=views, fusion=fusion)

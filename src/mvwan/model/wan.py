@@ -1,4 +1,4 @@
-"""Stock parts of Wan2.2-TI2V: transformer, VAE, text encoder; where a base lies and what it is. The only door to diffusers and transformers.
+"""Stock parts of Wan2.2-TI2V (transformer, VAE, text encoder), and where a base lies. The only door to diffusers and transformers.
 
 A base is `tiny` (ships with the package), `wan2.2-ti2v-5b` (a hub id with a built-in config), a diffusers folder, a hub id, or
 Wan-native safetensors: one file, or a folder of shards. Knows nothing of views, heatmaps or training.
@@ -24,6 +24,7 @@ from diffusers.models.transformers.transformer_wan import (
     WanTransformerBlock,
 )
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from mvwan.errors import MvwanError, nearest
 from mvwan.files import read_json, sha256_file, sha256_json
@@ -121,7 +122,9 @@ def _describe_folder(folder: Path, source: str) -> BaseDescription:
                 f"base {source}: {config_file} describes {config.get('_class_name', 'no class')}, "
                 "needs WanTransformer3DModel or a Wan-native config"
             )
-    raise MvwanError(f"base {source}: holds neither transformer/config.json nor config.json; give a diffusers folder or Wan-native safetensors")
+    raise MvwanError(
+        f"base {source}: holds neither transformer/config.json nor config.json; give a diffusers folder or Wan-native safetensors"
+    )
 
 
 def _shards(folder: Path, source: str) -> Iterator[Path]:
@@ -159,9 +162,11 @@ def _describe_file(path: Path, source: str) -> BaseDescription:
 
 def _describe_hub(source: str) -> BaseDescription:
     try:
-        config = dict(WanTransformer3DModel.load_config(source, subfolder="transformer"))
-    except Exception as error:
-        raise MvwanError(f"base {source}: neither a folder here nor a hub repository that can be reached ({type(error).__name__})") from None
+        config: dict[str, Any] = WanTransformer3DModel.load_config(source, subfolder="transformer")  # pyright: ignore[reportAssignmentType]
+    except (OSError, ValueError) as error:
+        raise MvwanError(
+            f"base {source}: neither a folder here nor a hub repository that can be reached ({type(error).__name__})"
+        ) from None
     kept = {name: value for name, value in config.items() if not name.startswith("_")}
     return BaseDescription(id=source, kind="hub", transformer_config=kept)
 
@@ -228,13 +233,15 @@ def load_transformer(
         state = _read_state(description, {name: tuple(value.shape) for name, value in model.state_dict().items()}, dtype)
         model.load_state_dict(state, strict=True, assign=True)
         # Its tables are computed, not stored, and the meta device holds no numbers.
-        config = model.config
+        config: Any = model.config
         model.rope = WanRotaryPosEmbed(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
-        model.to(device)
+        nn.Module.to(model, device)
     return model.eval().requires_grad_(False)
 
 
-def _read_state(description: BaseDescription, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+def _read_state(
+    description: BaseDescription, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
     files = description.files or _download(description.id)
     where: dict[str, tuple[Path, str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -247,7 +254,9 @@ def _read_state(description: BaseDescription, expected: Mapping[str, tuple[int, 
     problems = [f"{name} is missing" for name in expected if name not in shapes]
     problems += [f"{name} is unknown" for name in shapes if name not in expected]
     problems += [
-        f"{name} is {list(shape)}, needs {list(expected[name])}" for name, shape in shapes.items() if name in expected and shape != expected[name]
+        f"{name} is {list(shape)}, needs {list(expected[name])}"
+        for name, shape in shapes.items()
+        if name in expected and shape != expected[name]
     ]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
@@ -268,11 +277,12 @@ def _download(source: str) -> tuple[Path, ...]:
 
 def _download_folder(source: str, part: str) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
     repository = HUB_IDS.get(source, source)
     try:
         return Path(snapshot_download(repository, allow_patterns=[f"{part}/*"])) / part
-    except Exception as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:
         raise MvwanError(
             f"base {source}: {repository} could not be downloaded ({type(error).__name__}). Download it where there is a network "
             "and give its folder, or set base.random_weights=true for a check without weights."
