@@ -22,7 +22,11 @@ from mvwan.files import read_json, whole_file, write_json
 
 CROP_SHARE = 0.7
 """Share of the steps on many half-size crops instead of few whole pictures; the last quarter of the schedule has none."""
-BLOB_WEIGHT = 30.0
+HEAT_FIRST = 0.68
+"""Share of the schedule in which spots weigh enough to be learned at all; the rest is for the RGB pictures, which starve meanwhile."""
+BLOB_WEIGHT = (30.0, 6.0)
+RGB_WEIGHT = (1.0, 4.0)
+"""Before and after."""
 SQUARE_WEIGHT = 2.0
 KL_WEIGHT = 1e-5
 BETAS = (0.9, 0.99)
@@ -45,18 +49,21 @@ def _decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Ten
     return unpatchify(torch.cat(frames, 2), patch_size=VAE_SIZES["patch_size"])
 
 
-def loss_of(vae: AutoencoderKLWan, pictures: torch.Tensor, is_heat: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def loss_of(
+    vae: AutoencoderKLWan, pictures: torch.Tensor, is_heat: torch.Tensor, generator: torch.Generator, progress: float
+) -> dict[str, torch.Tensor]:
     """Losses of one batch: `rgb`, `heat` (L1 + weighted L2, blobs of heatmaps weighted), `kl`, and their `total`."""
     gaussian = posterior(vae, pictures)
     latents = gaussian.mean + gaussian.std * torch.randn(gaussian.mean.shape, generator=generator)
     error = _decode_unclamped(vae, latents) - pictures
     cost = error.abs() + SQUARE_WEIGHT * error.square()
     blob = (pictures - torch.tensor(_DARK_BLUE)[:, None, None, None]).abs().amax(1, keepdim=True) > 0.15
-    weight = 1 + (BLOB_WEIGHT - 1) * (blob & is_heat[:, None, None, None, None])
+    phase = int(progress >= HEAT_FIRST)
+    weight = 1 + (BLOB_WEIGHT[phase] - 1) * (blob & is_heat[:, None, None, None, None])
     rgb = cost[~is_heat].mean()
     heat = (cost * weight)[is_heat].mean()
     kl = 0.5 * (gaussian.mean.square() + gaussian.var - 1 - gaussian.logvar).mean()
-    return {"total": rgb + heat + KL_WEIGHT * kl, "rgb": rgb.detach(), "heat": heat.detach(), "kl": kl.detach()}
+    return {"total": RGB_WEIGHT[phase] * rgb + heat + KL_WEIGHT * kl, "rgb": rgb.detach(), "heat": heat.detach(), "kl": kl.detach()}
 
 
 def draw(videos: list[clips.Video], step: int, progress: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +114,7 @@ def train(
     while (progress := max(step / steps, seconds / 60 / minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, progress, peak_learning_rate)
-        losses = loss_of(vae, *draw(videos, step, progress, seed), torch.Generator().manual_seed(seed * 1_000_003 + step))
+        losses = loss_of(vae, *draw(videos, step, progress, seed), torch.Generator().manual_seed(seed * 1_000_003 + step), progress)
         optimizer.zero_grad(set_to_none=True)
         losses["total"].backward()
         norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
