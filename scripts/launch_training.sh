@@ -71,7 +71,12 @@ launch=(
     --num_cpu_threads_per_process "$NUM_CPU_THREADS"
     --dynamo_backend no
 )
-if is_true USE_CPU; then launch+=(--cpu); fi
+export -n MASTER_ADDR MASTER_PORT # accelerate sets them itself; to a single process they would promise others
+if is_true USE_CPU; then
+    # With --cpu accelerate starts one process, however many are asked for.
+    if ((NUM_NODES * NUM_GPUS > 1)); then launch+=(--multi_gpu); else launch+=(--cpu); fi
+    export ACCELERATE_USE_CPU=true
+fi
 
 train=(
     --base "$MODEL_BASE_PATH"

@@ -91,6 +91,18 @@ def test_known_errors_are_measured_as_such(run: LoadedRun, sample: Sample) -> No
     assert "codec" not in measured
 
 
+def test_losing_every_peak_scores_like_holding_the_first_frame(run: LoadedRun, sample: Sample) -> None:
+    """A heatmap without a peak reads as the middle of the picture, which is often near the truth."""
+    middle, nothing = np.full_like(sample.uv_px, 32.0), np.zeros(sample.visible.shape, np.float32)
+    lost = perfect(sample, uv_px=middle, confidence=nothing, point_m=np.full_like(sample.point_m, np.nan))
+    measured = measure_window(run, sample, lost, with_codec=False)
+    for name in ("peak_error_px", "error_3d_mm"):
+        assert total(measured["predicted"][name]) == total(measured["hold_first"][name])
+    assert total(measured["predicted"]["found"]).mean == 0
+    assert total(measured["predicted"]["lost"]).mean == 1
+    assert total(measured["hold_first"]["lost"]).mean == 0
+
+
 def test_evaluation_of_a_run(folder: Path, run: LoadedRun) -> None:
     result = evaluate_prediction(folder, windows=3, denoise_steps=1, keep=1)
     assert json.loads((folder / "evaluation.json").read_text()) == result
@@ -108,7 +120,7 @@ def test_evaluation_of_a_run(folder: Path, run: LoadedRun) -> None:
     assert frames["hold_first"][0] == 0
     assert frames["predicted"][0] == pytest.approx(0, abs=0.1)
     assert len(frames["predicted"]) == 5
-    assert len(render(result).rows) == 6
+    assert len(render(result).rows) == 7
     stored = load_prediction(folder / result["windows"][0]["pictures"])
     assert stored["true_rgb"].shape == stored["predicted_rgb"].shape == stored["true_heat"].shape == (3, 5, 64, 64, 3)
     assert str(stored["prompt"]) == "move the ball"

@@ -7,7 +7,7 @@ through the VAE and back, which no run on this base can beat by much. Given fram
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def evaluate_prediction(
         prediction = predict_sample(loaded, sample, denoise_steps, seed)
         measured = measure_window(loaded, sample, prediction, with_codec=known_codec is None)
         _add(tallies, measured)
-        _add_frames(per_frame, sample, prediction, max(metrics.num_given_frames(loaded.config.train.condition_frames) - 1, 0))
+        _add_frames(per_frame, sample, prediction, loaded.config.train.condition_frames)
         rows.append(_window_row(sample, measured))
         if index in kept:
             name = f"predictions/{sum('pictures' in row for row in rows):02d}.npz"
@@ -139,45 +139,72 @@ def spread(available: int, wanted: int) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, available - 1, wanted).tolist()}) if wanted > 1 else [available // 2] * wanted
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answer:
+    """What one source says about a window. Not a number where it says nothing."""
+
+    rgb: np.ndarray
+    """[V F H W 3] uint8."""
+    uv_px: np.ndarray
+    """[V F 2]."""
+    point_m: np.ndarray
+    """[F 3]."""
+
+
 def measure_window(run: LoadedRun, sample: Sample, prediction: Prediction, with_codec: bool = True) -> Tallies:
     """The tallies of one window for the prediction, the held first frame, and (unless left out) the truth through the codec."""
     given = run.config.train.condition_frames
-    last_given = max(metrics.num_given_frames(given) - 1, 0)
+    held = hold(sample, given)
+    predicted = Answer(rgb=prediction.rgb, uv_px=_seen(prediction.uv_px, prediction.confidence), point_m=prediction.point_m)
+    disagreement = metrics.view_disagreement_px(prediction.uv_px, prediction.confidence, sample.cameras, given)
     measured = {
-        "predicted": {
-            **_measure(sample, prediction.rgb, prediction.uv_px, prediction.point_m, given),
-            "view_disagreement_px": metrics.view_disagreement_px(prediction.uv_px, prediction.confidence, sample.cameras, given),
-        },
-        "hold_first": _measure(
-            sample, _held(sample.rgb, 1, last_given), _held(sample.uv_px, 1, last_given), _held(sample.point_m, 0, last_given), given
-        ),
+        "predicted": {**_measure(sample, predicted, held, given), "view_disagreement_px": disagreement},
+        "hold_first": _measure(sample, held, held, given),
     }
-    return measured | {"codec": _measure(sample, *_through_codec(run, sample), given)} if with_codec else measured
+    return measured | {"codec": _measure(sample, _through_codec(run, sample), held, given)} if with_codec else measured
 
 
-def _held(values: np.ndarray, frame_axis: int, last_given: int) -> np.ndarray:
-    """`values` with the last given frame in place of all later ones: `metrics.hold_first` for runs with several given frames."""
-    return np.take(values, np.minimum(np.arange(values.shape[frame_axis]), last_given), axis=frame_axis)
+def hold(sample: Sample, condition_frames: int) -> Answer:
+    """The baseline: everything stays as in the last given frame."""
+    last_given = max(metrics.num_given_frames(condition_frames) - 1, 0)
+    frames = np.minimum(np.arange(sample.rgb.shape[1]), last_given)
+    return Answer(rgb=sample.rgb[:, frames], uv_px=sample.uv_px[:, frames], point_m=sample.point_m[frames])
 
 
-def _measure(sample: Sample, rgb: np.ndarray, uv_px: np.ndarray, point_m: np.ndarray, given: int) -> dict[str, tuple[Tally, ...]]:
+def _seen(uv_px: np.ndarray, confidence: np.ndarray) -> np.ndarray:
+    """Peaks [V F 2], NaN where a heatmap has none."""
+    return np.where(confidence[..., None] > 0, uv_px, np.nan)
+
+
+def filled(values: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """`values` with the held ones where they are missing: who finds no peak stays where it was, so losing it cannot look good."""
+    return np.where(np.isfinite(values), values, held)
+
+
+def _measure(sample: Sample, answer: Answer, held: Answer, given: int) -> dict[str, tuple[Tally, ...]]:
     threshold_px = PCK_SHARE * sample.rgb.shape[2]
+    lost = np.isnan(answer.uv_px[..., 0]).astype(np.float64)
+    after = slice(metrics.num_given_frames(given), None)
     return {
-        "peak_error_px": metrics.peak_error_px(uv_px, sample.uv_px, sample.visible, given),
-        "found": metrics.pck(uv_px, sample.uv_px, sample.visible, threshold_px, given),
-        "error_3d_mm": (metrics.error_3d_mm(point_m, sample.point_m, given),),
-        "rgb_squared_error": metrics.squared_error(rgb, sample.rgb, given),
-        "rgb_ssim": metrics.ssim(rgb, sample.rgb, given),
+        "peak_error_px": metrics.peak_error_px(filled(answer.uv_px, held.uv_px), sample.uv_px, sample.visible, given),
+        "found": metrics.pck(answer.uv_px, sample.uv_px, sample.visible, threshold_px, given),
+        "lost": tuple(
+            Tally(total=float(missing[after][visible[after]].sum()), count=int(visible[after].sum()))
+            for missing, visible in zip(lost, sample.visible, strict=True)
+        ),
+        "error_3d_mm": (metrics.error_3d_mm(filled(answer.point_m, held.point_m), sample.point_m, given),),
+        "rgb_squared_error": metrics.squared_error(answer.rgb, sample.rgb, given),
+        "rgb_ssim": metrics.ssim(answer.rgb, sample.rgb, given),
     }
 
 
-def _through_codec(run: LoadedRun, sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rgb, uv_px, point_m) of the true videos after encoding and decoding."""
+def _through_codec(run: LoadedRun, sample: Sample) -> Answer:
+    """The true videos after encoding and decoding."""
     heat = heat_video(sample, run.config.data.heatmap_sigma_px)
     decoded = run.codec.decode_video(run.codec.encode_video(np.concatenate([sample.rgb, heat])))
     rgb, heat = np.split(decoded, 2)
     uv_px, confidence = heatmaps.peak(heatmaps.uncolour(heat))
-    return rgb, uv_px, lift(uv_px, confidence, sample.cameras)[0]
+    return Answer(rgb=rgb, uv_px=_seen(uv_px, confidence), point_m=lift(uv_px, confidence, sample.cameras)[0])
 
 
 def _add(tallies: Tallies, measured: Tallies) -> None:
@@ -187,10 +214,11 @@ def _add(tallies: Tallies, measured: Tallies) -> None:
             tallies[source][name] = tuple(a + b for a, b in zip(old, views, strict=True))
 
 
-def _add_frames(per_frame: dict[str, list[Tally]], sample: Sample, prediction: Prediction, last_given: int) -> None:
+def _add_frames(per_frame: dict[str, list[Tally]], sample: Sample, prediction: Prediction, condition_frames: int) -> None:
     """Adds the peak error of each frame over all views, to see how it grows with time."""
     frames = sample.rgb.shape[1]
-    for source, uv_px in (("predicted", prediction.uv_px), ("hold_first", _held(sample.uv_px, 1, last_given))):
+    held = hold(sample, condition_frames).uv_px
+    for source, uv_px in (("predicted", filled(_seen(prediction.uv_px, prediction.confidence), held)), ("hold_first", held)):
         sums = per_frame.setdefault(source, [Tally()] * frames)
         for frame in range(frames):
             one = slice(frame, frame + 1)
@@ -273,6 +301,7 @@ def sample_window(
 _ROWS = (
     ("peak_error_px", "heatmap peak error, px", 2),
     ("found", "peaks found, share", 3),
+    ("lost", "heatmaps without a peak, share", 3),
     ("error_3d_mm", "3-D error, mm", 1),
     ("rgb_psnr_db", "RGB PSNR, dB", 2),
     ("rgb_ssim", "RGB SSIM", 3),

@@ -55,14 +55,14 @@ def _short(records: Sequence[RunRecord]) -> str:
             f"of {first.table['total_parameters']:,} in the model",
         )
     ]
-    for title, measure, unit, digits, remark in (
-        ("Heatmap peak error", "peak_error_px", "px", 2, f"pictures are {first.evaluation['size_px'][1]} px wide; lower is better"),
-        ("3-D error", "error_3d_mm", "mm", 1, "peaks of all views met in space; lower is better"),
-        ("RGB PSNR", "rgb_psnr_db", "dB", 2, "future frames only; higher is better"),
+    for title, measure, digits, remark in (
+        ("Heatmap peak error, px", "peak_error_px", 2, f"pictures are {first.evaluation['size_px'][1]} px wide; lower is better"),
+        ("3-D error, mm", "error_3d_mm", 1, "peaks of all views met in space; lower is better"),
+        ("RGB PSNR, dB", "rgb_psnr_db", 2, "future frames only; higher is better"),
     ):
-        rows = [(source_name(record.label), f"{number(record.mean(measure), digits)} {unit}") for record in records]
+        rows = [(source_name(record.label), number(record.mean(measure), digits)) for record in records]
         rows += [
-            (source_name(source), f"{number(first.mean(measure, long), digits)} {unit}")
+            (source_name(source), number(first.mean(measure, long), digits))
             for source, long in (("hold", "hold_first"), ("codec", "codec"))
         ]
         cards.append(_card(title, rows, remark))
@@ -161,7 +161,13 @@ def _what_moved(records: Sequence[RunRecord]) -> str:
         f"<p>The proof that every run carries: after {steps} steps each trained group has moved and each frozen tensor is the same bit "
         f"for bit: {frozen}. A group that stood still, or a frozen tensor that moved, would have stopped the run.</p>"
     )
-    changes = {record.label: {row["group"]: row["relative_change"] for row in record.movement["groups"]} for record in records}
+    plots = ""
+    for field, title, x in (
+        ("relative_change", "Change of what was not zero", "norm of the change / norm at the start"),
+        ("change_from_zero", "Reached by what was zero", "norm"),
+    ):
+        changes = {record.label: {row["group"]: row[field] for row in record.movement["groups"]} for record in records}
+        plots += _plot(report_figures.movement(changes, title, x))
     rows = []
     for record in records:
         for row in record.movement["groups"]:
@@ -175,9 +181,8 @@ def _what_moved(records: Sequence[RunRecord]) -> str:
                 )
             )
     table = _table(("group", "switch", "relative change", "change from zero", "gradient norm", "tensors moved"), rows, [""] * len(rows))
-    remark = "Change from zero is of tensors that start at zero, such as LoRA's B and the projector: their relative change has no meaning."
-    plot = _plot(report_figures.movement(changes), tall=True)
-    return f'{intro}{plot}<p class="soft">{remark}</p><details><summary>All numbers</summary>{table}</details>'
+    remark = "Some tensors start at zero, such as LoRA's B and the projector: a relative change of them has no meaning."
+    return f'{intro}<div class="figures">{plots}</div><p class="soft">{remark}</p><details><summary>All numbers</summary>{table}</details>'
 
 
 def _losses(records: Sequence[RunRecord]) -> str:
@@ -203,7 +208,8 @@ def _errors(records: Sequence[RunRecord]) -> str:
         f"<p>{evaluation['num_windows']} windows of {evaluation['num_frames']} frames from held-out episodes "
         f"({html.escape(', '.join(evaluation['episodes']))}), {evaluation['denoise_steps']} denoising steps, seed {evaluation['seed']}. "
         "<em>Hold first frame</em> predicts that nothing moves. <em>VAE round trip</em> is the truth encoded and decoded: what the codec "
-        f"alone costs. A peak counts as found within {evaluation['found_within_px']:.1f} px.</p>"
+        f"alone costs. A peak counts as found within {evaluation['found_within_px']:.1f} px. Where a heatmap shows no peak at all, the "
+        "point is taken to stay where it last was: a lost peak cannot beat the baseline.</p>"
     )
     sources = [
         (source_name("hold"), first, "hold_first"),
@@ -285,9 +291,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], marks: Sequence[s
     return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
-def _plot(figure: report_figures.Figure, tall: bool = False) -> str:
+def _plot(figure: report_figures.Figure) -> str:
     text = json.dumps(figure, separators=(",", ":")).replace("</", "<\\/")
-    return f'<figure data-figure><script type="application/json">{text}</script><div class="plot{" tall" if tall else ""}"></div></figure>'
+    return f'<figure data-figure><script type="application/json">{text}</script><div class="plot"></div></figure>'
 
 
 def _section(name: str, title: str, body: str) -> str:

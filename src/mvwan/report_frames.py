@@ -17,12 +17,12 @@ Window = Mapping[str, dict[str, np.ndarray]]
 SOURCE_NAMES = {"off": "switch off", "on": "switch on", "hold": "hold first frame", "codec": "VAE round trip", "truth": "truth"}
 _COLOURS = {"truth": (29, 127, 209), "off": (240, 150, 50), "on": (35, 190, 175)}
 _RING = (255, 255, 255)
-_SHEET_WIDTH_PX = 900
+_SHEET_WIDTH_PX = 840
 
 
 def source_name(source: str) -> str:
     """The source's name with its dot of colour, as HTML."""
-    return f'<span class="dot {source}"></span>{SOURCE_NAMES[source]}'
+    return f'<span class="source"><span class="dot {source}"></span>{SOURCE_NAMES[source]}</span>'
 
 
 def window_block(window: Window, given: int, number: int, beside: str = "") -> str:
@@ -42,7 +42,7 @@ def window_block(window: Window, given: int, number: int, beside: str = "") -> s
     name, prompt = html.escape(str(first["sample_id"])), html.escape(str(first["prompt"]))
     return (
         f"<h3>Window {number}: “{prompt}” <span class='soft'>{name}</span></h3>"
-        f'<figure><video autoplay loop muted playsinline controls src="{video}"></video>'
+        f'<figure><video autoplay loop muted playsinline tabindex="0" title="press to pause" src="{video}"></video>'
         f"<figcaption>Rows: {rows}. Columns: RGB, then heatmap, of each camera.</figcaption></figure>"
         f'<div class="figures"><div><div class="paths">{paths}</div>'
         f'<p class="soft">Path of the point over the first frame: {legend}</p></div>'

@@ -76,7 +76,7 @@ def findings(records: Sequence[RunRecord]) -> list[str]:
     """Five plain sentences: what trained, errors beside the baseline, the codec's share, and what may not be concluded."""
     first = records[0]
     evaluation = first.evaluation
-    where = f"{evaluation['num_windows']} held-out windows of {len(evaluation['episodes'])} episode(s)"
+    where = f"{count(evaluation['num_windows'], 'held-out window')} of {count(len(evaluation['episodes']), 'episode')}"
     hold, codec = first.mean("peak_error_px", "hold_first"), first.mean("peak_error_px", "codec")
     found = [
         "Trained: " + ", ".join(f"{record.label} {record.trainable_parameters:,} parameters" for record in records) + _added(records),
@@ -131,6 +131,11 @@ def _off_against_on(records: Sequence[RunRecord]) -> str:
         f"On minus off: {difference:+.2f} px of peak error on average, on lower in {lower} of {len(known)} windows. One seed of each and "
         "windows of few episodes decide nothing about the switch; that needs several seeds and more episodes."
     )
+
+
+def count(amount: int, noun: str) -> str:
+    """`1 window`, `3 windows`."""
+    return f"{amount} {noun}{'' if amount == 1 else 's'}"
 
 
 def number(value: float | None, digits: int) -> str:

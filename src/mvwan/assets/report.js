@@ -21,8 +21,8 @@
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: colour("ink"), family: "system-ui, sans-serif", size: narrow ? 11 : 12.5 },
-      margin: { l: 54, r: 12, t: 34, b: 46 },
-      legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: narrow ? 10 : 12 } },
+      margin: { l: 54, r: 12, t: 40, b: 40 },
+      legend: { orientation: "h", y: -0.22, yanchor: "top", x: 0, font: { size: narrow ? 10 : 12 } },
       hoverlabel: { font: { family: "system-ui, sans-serif" } },
       ...painted(figure.layout),
     };
@@ -37,6 +37,13 @@
     root.dataset.theme = theme;
     drawAll();
   };
+
+  for (const video of document.querySelectorAll("video")) {
+    const toggle = () => (video.paused ? video.play() : video.pause());
+    video.addEventListener("click", toggle);
+    video.addEventListener("keydown", (event) => event.key === " " && (event.preventDefault(), toggle()));
+    if (window.matchMedia("(prefers-reduced-motion: reduce)").matches) video.pause();
+  }
 
   document.querySelector(".theme").addEventListener("click", () => show(root.dataset.theme === "dark" ? "light" : "dark"));
   system.addEventListener("change", (event) => show(event.matches ? "dark" : "light"));

@@ -6,9 +6,9 @@ Wan-native safetensors: one file, or a folder of shards. Knows nothing of views,
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -296,8 +296,15 @@ def base_digest(source: str | Path, random_weights: bool = False, seed: int = 0)
         return f"random:{sha256_json([description.transformer_config, seed])}"
     combined = hashlib.sha256()
     for path in description.files or _download(description.id):
-        combined.update(bytes.fromhex(re.sub("^sha256:", "", sha256_file(path))))
+        state = path.stat()
+        combined.update(_file_digest(path, state.st_size, state.st_mtime_ns))
     return f"sha256:{combined.hexdigest()}"
+
+
+@lru_cache(maxsize=64)
+def _file_digest(path: Path, _size: int, _mtime_ns: int) -> bytes:
+    """The hash of a file, computed once per process while its size and time stay: a resume of the 5B asks for it three times."""
+    return bytes.fromhex(sha256_file(path).removeprefix("sha256:"))
 
 
 def _part(source: str | Path, part: str) -> Path:
