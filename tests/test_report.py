@@ -192,7 +192,8 @@ def test_times_and_versions(page: Page) -> None:
 def test_figures_hold_the_numbers(page: Page) -> None:
     titles = [figure["layout"]["title"]["text"] for figure in page.figures]
     assert titles == [
-        "Relative change by group",
+        "Change of what was not zero",
+        "Reached by what was zero",
         "Training, rgb",
         "Training, heat",
         "Held out, rgb",
@@ -202,9 +203,10 @@ def test_figures_hold_the_numbers(page: Page) -> None:
         "Path of the tool point",
     ]
     by_title = dict(zip(titles, page.figures, strict=True))
-    changes = {bar["name"]: dict(zip(bar["y"], bar["x"], strict=True)) for bar in by_title["Relative change by group"]["data"]}
+    changes = {dots["name"]: dict(zip(dots["y"], dots["x"], strict=True)) for dots in by_title["Change of what was not zero"]["data"]}
     assert changes["on"]["mvs_norms"] == pytest.approx(0.0123 * 4)
     assert "mvs_norms" not in changes["off"]
+    assert not any(dots["x"] for dots in by_title["Reached by what was zero"]["data"])
     faint = by_title["Training, rgb"]["data"][0]
     assert (faint["x"], faint["y"]) == ([1, 2, 3, 4, 5], [1.5 / step for step in range(1, 6)])
     assert [line["name"] for line in by_title["Held out, heat"]["data"]] == [
