@@ -1,4 +1,4 @@
-"""The demo, at its smallest, as a user starts it: everything real, then started again."""
+"""The whole demo, really run at its smallest, and what its users do with what it leaves."""
 
 import json
 import os
@@ -8,59 +8,192 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from mvwan.checkpoint import load_trained
+from mvwan import cli
+from mvwan.demo import Stages, run_demo
+from mvwan.errors import MvwanError
+from mvwan.files import write_json
+from mvwan.model.wan import TINY_FOLDER
+from tests.test_report import Page
 
-SMALLEST = ("--task", "handle-press-v3", "--episodes", "2", "--steps", "3", "--windows", "1")
+SMALLEST = ["--episodes", "2", "--steps", "2", "--windows", "1"]
 
 
-def run_demo(output: Path) -> str:
-    """What `mvwan demo` printed."""
-    command = [sys.executable, "-m", "mvwan", "demo", "--output", str(output), *SMALLEST]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "120"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def demo(output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mvwan", "demo", "--output", str(output), *SMALLEST, *more]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env={**os.environ, "COLUMNS": "150"})
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    output = tmp_path_factory.mktemp("demo") / "run"
-    return output, run_demo(output)
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(folder, what was printed) of the smallest demo."""
+    output = tmp_path_factory.mktemp("runs") / "demo"
+    done = demo(output)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return output, done.stdout
 
 
-def test_the_page_needs_no_network_and_shows_both_runs(demo: tuple[Path, str]) -> None:
-    page = (demo[0] / "report.html").read_text(encoding="utf-8")
-    loads = re.findall(r"""<(?:script|link|img|video|source|iframe)\b[^>]*\b(?:src|href)=["']([^"']{1,40})""", page)
-    assert loads
-    assert all(address.startswith("data:") for address in loads), "every script, picture and video is inside the page"
-    for shown in (
-        "switch off",
-        "switch on",
-        "modulation",
-        "mvs_norms",
-        "hold first frame",
-        "data:video/mp4;base64,",
-        "data:image/png;base64,",
-    ):
-        assert shown in page, shown
+def test_console_names_stages_tables_summary_and_report(made: tuple[Path, str]) -> None:
+    output, printed = made
+    stages = re.findall(r"^(\d)\. (.+?) ─", printed, re.MULTILINE)
+    assert [number for number, _ in stages] == [str(number) for number in range(1, 9)]
+    assert [name.split()[0] for _, name in stages] == [
+        "Record",
+        "What",
+        "Encode",
+        "Fine-tune,",
+        "Fine-tune,",
+        "Measure",
+        "Measure",
+        "Report",
+    ]
+    assert "Off and on, side by side" in printed
+    assert "MODULATION PARAMETERS: KEEPING FROZEN" in printed
+    assert "MODULATION PARAMETER UNFREEZING" in printed
+    assert printed.count("•") == 5
+    assert "decide nothing about the switch" in re.sub(r"[│\s]+", " ", printed)
+    assert printed.rstrip().endswith(f"report: {output / 'report.html'}")
 
 
-def test_the_runs_differ_by_the_switch_alone(demo: tuple[Path, str]) -> None:
-    output, printed = demo
-    off, on = (load_trained(output / label) for label in ("off", "on"))
-    added = set(on.tensors) - set(off.tensors)
-    assert set(off.tensors) < set(on.tensors)
-    assert all(re.fullmatch(r"blocks\.\d+\.(scale_shift_table|mvs_attn\.norm_[qk]\.weight)", name) for name in added)
-    settings = [dict(run.manifest["config"]) for run in (off, on)]
-    assert [one.pop("unfreeze_modulation_and_norms") for one in settings] == [False, True]
-    assert settings[0] == settings[1]
-    moved = {row["group"] for row in json.loads((output / "on" / "movement.json").read_text())["groups"]}
-    assert {"modulation", "mvs_norms"} <= moved
-    assert "report.html" in printed
+def test_report_is_whole_and_needs_no_network(made: tuple[Path, str]) -> None:
+    page = Page((made[0] / "report.html").read_text(encoding="utf-8"))
+    assert all(source.startswith(("data:", "#")) for source in page.sources)
+    assert sum(source.startswith("data:image/webp") for source in page.sources) == 3 + 3 * 6
+    assert sum(source.startswith("data:video/mp4") for source in page.sources) == 1
+    for label in ("off", "on"):
+        table = json.loads((made[0] / label / "table.json").read_text())
+        assert f"{table['trainable_parameters']:,}" in page.text
+        for group in table["groups"]:
+            assert group["name"] in page.text
+            assert f"{group['parameters']:,}" in page.text
+    assert [figure["layout"]["title"]["text"] for figure in page.figures][-3:] == [
+        "Peak error by frame",
+        "Peak error by window",
+        "Path of the tool point",
+    ]
+    moved = {dots["name"]: set(dots["y"]) for dots in page.figures[0]["data"]}
+    assert moved["on"] - moved["off"] == {"modulation", "mvs_norms"}
+    assert page.figures[2]["data"][0]["x"] == [1, 2]
+    assert "1 held-out window of 1 episode" in page.text
+    assert "drawer-open-v3" in page.text
 
 
-def test_started_again_it_repeats_nothing(demo: tuple[Path, str]) -> None:
-    output, _ = demo
-    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
-    assert run_demo(output).count("finished earlier") == 6
-    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")} == before
+def test_both_runs_start_from_the_same_numbers_and_share_one_cache(made: tuple[Path, str]) -> None:
+    output = made[0]
+    first = [json.loads((output / label / "metrics.jsonl").read_text().splitlines()[0]) for label in ("off", "on")]
+    assert first[0]["step"] == 0
+    assert first[0]["bands"] == first[1]["bands"]
+    assert not list(output.glob("o*/latents"))
+    assert list((output / "latents").rglob("*.safetensors"))
+    trained = [load_file(next(output.glob(f"{label}/checkpoints/step-*/trained.safetensors"))) for label in ("off", "on")]
+    added = trained[1].keys() - trained[0].keys()
+    assert {re.sub(r"\d+", "N", name) for name in added} == {
+        "blocks.N.scale_shift_table",
+        "blocks.N.mvs_attn.norm_q.weight",
+        "blocks.N.mvs_attn.norm_k.weight",
+    }
+
+
+def test_a_second_demo_repeats_nothing_and_another_length_only_what_depends_on_it(made: tuple[Path, str]) -> None:
+    output = made[0]
+    kept = {path: path.stat().st_mtime_ns for name in ("demonstrations", "latents", "off", "on") for path in (output / name).rglob("*")}
+    done = demo(output)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("finished earlier") == 6
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(cli.app, list(arguments), env={cli.SWITCH_VARIABLE: None})
+
+
+def test_dry_run_counts_the_windows(made: tuple[Path, str], tmp_path: Path) -> None:
+    done = run("train", "--dry-run", "--output", str(tmp_path / "x"), "--set", f"data.root={made[0] / 'demonstrations'}")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^windows: \d+ train, \d+ validation$", done.stdout, re.MULTILINE)
+    assert not (tmp_path / "x").exists()
+
+
+def test_inspect_shows_the_checkpoint_and_finds_a_changed_bit(made: tuple[Path, str], tmp_path: Path) -> None:
+    done = run("checkpoint", "inspect", str(made[0] / "on"))
+    assert done.exit_code == 0, done.output
+    assert "all digests match" in done.stdout
+    assert re.search(r"mvs_norms\s+│ full", done.stdout)
+    damaged = tmp_path / "damaged" / "checkpoints" / "step-000002"
+    damaged.parent.mkdir(parents=True)
+    subprocess.run(["cp", "-r", str(made[0] / "on" / "checkpoints" / "step-000002"), str(damaged)], check=True)
+    file = damaged / "trained.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    done = run("checkpoint", "inspect", str(damaged))
+    assert done.exit_code == 2
+    assert "damaged" in done.stderr
+
+
+def test_a_wrong_shaped_base_is_refused_before_anything_is_written(made: tuple[Path, str], tmp_path: Path) -> None:
+    base = tmp_path / "base" / "transformer"
+    base.mkdir(parents=True)
+    (base / "config.json").write_bytes((TINY_FOLDER / "transformer" / "config.json").read_bytes())
+    tensors = load_file(TINY_FOLDER / "transformer" / "diffusion_pytorch_model.safetensors")
+    tensors["patch_embedding.bias"] = torch.zeros(7)
+    save_file(tensors, base / "diffusion_pytorch_model.safetensors")
+    output = tmp_path / "run"
+    settings = [
+        f"base.source={tmp_path / 'base'}",
+        "base.codec=tiny",
+        f"data.root={made[0] / 'demonstrations'}",
+        f"data.cache={made[0] / 'latents'}",
+    ]
+    done = run("train", "--output", str(output), *(word for setting in settings for word in ("--set", setting)))
+    assert done.exit_code == 2, done.output
+    assert "patch_embedding.bias is [7]" in done.stderr
+    assert not output.exists()
+
+
+def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(MvwanError, match="no demo of mvwan"):
+        run_demo(tmp_path, fresh=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_stages_are_keyed_by_settings_and_forerunners(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    done: list[str] = []
+
+    def play(first: int, second: int, fail: bool = False) -> None:
+        stages = Stages(tmp_path, Console(quiet=True))
+
+        def work(name: str, product: Path) -> None:
+            product.mkdir(exist_ok=True)
+            (product / f"{name}-{len(done)}").touch()
+            done.append(name)
+            if fail:
+                raise KeyboardInterrupt
+
+        stages.run("a", {"value": first}, tmp_path / "a", lambda: work("a", tmp_path / "a"))
+        stages.run("b", {"value": second}, tmp_path / "b", lambda: work("b", tmp_path / "b"))
+
+    write_json(tmp_path / "stages.json", {})
+    play(1, 1)
+    play(1, 1)
+    assert done == ["a", "b"]
+    play(1, 2)
+    assert done == ["a", "b", "b"]
+    assert len(list((tmp_path / "b").iterdir())) == 1, "what other settings left is removed"
+    play(2, 2)
+    assert done[3:] == ["a", "b"], "a stage depends on those before it"
+    with pytest.raises(KeyboardInterrupt):
+        play(3, 2, fail=True)
+    play(3, 2)
+    assert done[5:] == ["a", "a", "b"]
+    assert len(list((tmp_path / "a").iterdir())) == 2, "an unfinished attempt is gone on with"
+    (tmp_path / "b" / "b-7").unlink()
+    (tmp_path / "b").rmdir()
+    play(3, 2)
+    assert done[8:] == ["b"], "a product that is gone is made again"

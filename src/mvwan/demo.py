@@ -87,7 +87,7 @@ def run_demo(
     *,
     task: str = "drawer-open-v3",
     episodes: int = 10,
-    steps: int = 300,
+    steps: int = 240,
     windows: int = 8,
     seed: int = 0,
     fresh: bool = False,

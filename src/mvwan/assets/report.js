@@ -12,7 +12,7 @@
     return value;
   };
 
-  const axis = (own) => ({ gridcolor: colour("line"), zerolinecolor: colour("line"), linecolor: colour("line"), automargin: true, ...painted(own) });
+  const axis = (own) => ({ gridcolor: colour("line"), zerolinecolor: colour("line"), linecolor: colour("line"), automargin: true, ...painted(own), title: { standoff: 8, ...own.title } });
 
   const draw = (place) => {
     const figure = JSON.parse(place.querySelector("script").textContent);
@@ -21,8 +21,8 @@
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: colour("ink"), family: "system-ui, sans-serif", size: narrow ? 11 : 12.5 },
-      margin: { l: 54, r: 12, t: 40, b: 40 },
-      legend: { orientation: "h", y: -0.22, yanchor: "top", x: 0, font: { size: narrow ? 10 : 12 } },
+      margin: { l: 54, r: 12, t: 40, b: 64 + 9 * figure.data.filter((trace) => trace.showlegend !== false).length },
+      legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, font: { size: narrow ? 10 : 12 } },
       hoverlabel: { font: { family: "system-ui, sans-serif" } },
       ...painted(figure.layout),
     };
