@@ -12,6 +12,8 @@ from mvwan.errors import MvwanError, nearest
 
 _TINY: dict[str, Any] = {
     "base": {"source": "tiny"},
+    # Fusion `channel` would press 2 x 192 numbers per patch through 256-wide tokens; with streams of their own both fit.
+    "model": {"fusion": "view"},
     "trainable": {"lora": {"rank": 8}},
     "data": {
         "num_frames": 13,
@@ -23,7 +25,7 @@ _TINY: dict[str, Any] = {
     },
     "train": {
         "steps": 300,
-        "batch_size": 4,
+        "batch_size": 2,
         "gradient_accumulation": 1,
         "learning_rate": 1e-3,
         "warmup_steps": 20,
