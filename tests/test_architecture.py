@@ -234,4 +234,4 @@ def test_an_unpickler_is_found() -> None:
 def test_a_machine_path_is_found() -> None:
     found = ["cd /" + "work/main", 'open("/' + 'root/x")', "/" + "home/someone/data"]
     assert all(MACHINE_PATH.search(text) for text in found)
-    assert not any(MACHINE_PATH.search(text) for text in ("the work/main folder", "$HOME/work/", "runs/work/x", "https://x.org/work/x"))
+    assert not any(MACHINE_PATH.search(text) for text in ("the DATA/main folder", "$HOME/DATA/", "runs/DATA/x", "https://x.org/DATA/x"))

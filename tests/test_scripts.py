@@ -17,58 +17,12 @@ from safetensors import safe_open
 
 from mvwan.config import Config
 from mvwan.errors import MvwanError
+from tests.model.test_banners import FROZEN, MULTIVIEW_OFF, MULTIVIEW_ON, UNFROZEN
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 PRETRAIN, FINETUNE = SCRIPTS / "Wan2.2-TI2V-5B_mvtrack_pretrain.sh", SCRIPTS / "Wan2.2-TI2V-5B_heatmap_rgb_mv_3.sh"
 BASE = str(ROOT / "tests" / "golden" / "base.safetensors")
-RULE = "=" * 80
-
-KEEPING_FROZEN = f"""
-{RULE}
-ℹ️  MODULATION PARAMETERS: KEEPING FROZEN (Backward Compatible)
-{RULE}
-  Modulation parameters will stay frozen (using pretrained values).
-  To unfreeze, add --unfreeze_modulation_and_norms flag.
-{RULE}
-
-"""
-UNFREEZING = f"""
-{RULE}
-⚡ MODULATION PARAMETER UNFREEZING
-{RULE}
-
-✅ Unfroze 30 modulation parameters:
-  📦 AdaLN modulation: 30 parameters
-  📊 Total: 552,960 parameters (~0.55M)
-
-💡 训练策略:
-  - Modulation: 全量训练（适应新任务的时间步调制模式）
-{RULE}
-
-"""
-MULTI_VIEW_ON = f"""
-{RULE}
-MULTI-VIEW MODULE PARAMETER UNFREEZING
-{RULE}
-
-✅ Unfroze 390 parameter(s):
-
-  📦 Projector (全量训练): 60 parameters
-  📦 Modulation_mvs (全量训练): 30 parameters
-  📦 MVS_Attn LoRA (LoRA训练): 240 parameters
-  📦 MVS_Attn Norms (全量训练): 60 parameters
-
-💡 训练策略:
-  - Projector & Modulation_mvs: 全量训练（从零开始学习）
-  - MVS_Attn: LoRA微调（利用预训练知识，节省显存）
-  - MVS_Attn norm_q/norm_k: 全量训练（适应多视角特征分布）
-{RULE}
-
-"""
-MULTI_VIEW_OFF = "".join(
-    line for line in MULTI_VIEW_ON.replace("390", "330").splitlines(keepends=True) if "Norms" not in line and "norm_q/norm_k" not in line
-)
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +47,12 @@ def config_of(script: ModuleType) -> Callable[..., Config]:
 
 def test_banners_of_the_5b_with_the_switch_off(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     script.run(["--base", "wan2.2-ti2v-5b", "--dry_run"])
-    assert capsys.readouterr().out == KEEPING_FROZEN.removesuffix("\n") + MULTI_VIEW_OFF
+    assert capsys.readouterr().out == FROZEN + MULTIVIEW_OFF + "\n"
 
 
 def test_banners_of_the_5b_with_the_switch_on(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     script.run(["--base", "wan2.2-ti2v-5b", "--dry_run", "--unfreeze_modulation_and_norms"])
-    assert capsys.readouterr().out == UNFREEZING.removesuffix("\n") + MULTI_VIEW_ON
+    assert capsys.readouterr().out == UNFROZEN + MULTIVIEW_ON + "\n"
 
 
 def test_only_the_main_process_prints_banners(

@@ -166,9 +166,9 @@ def measure_window(run: LoadedRun, sample: Sample, prediction: Prediction, with_
 
 def hold(sample: Sample, condition_frames: int) -> Answer:
     """The baseline: everything stays as in the last given frame."""
-    last_given = max(metrics.num_given_frames(condition_frames) - 1, 0)
-    frames = np.minimum(np.arange(sample.rgb.shape[1]), last_given)
-    return Answer(rgb=sample.rgb[:, frames], uv_px=sample.uv_px[:, frames], point_m=sample.point_m[frames])
+    given = metrics.num_given_frames(condition_frames)
+    rgb, uv_px = (metrics.hold_first(values, 1, given) for values in (sample.rgb, sample.uv_px))
+    return Answer(rgb=rgb, uv_px=uv_px, point_m=metrics.hold_first(sample.point_m, 0, given))
 
 
 def _seen(uv_px: np.ndarray, confidence: np.ndarray) -> np.ndarray:

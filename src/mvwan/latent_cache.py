@@ -9,7 +9,6 @@ setting finds nothing rather than something old, and runs may share a folder. En
 are encoded again when these do not agree. Knows no loop, no loss and no noise.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from mvwan.batch import Batch, Sample
+from mvwan.checkpoint import digest
 from mvwan.data.dataset import WindowDataset, heat_video
 from mvwan.errors import MvwanError
 from mvwan.files import sha256_json, whole_file
@@ -148,7 +148,7 @@ def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         try:
-            save_file(tensors, partial, metadata={"digest": _digest(tensors)})
+            save_file(tensors, partial, metadata={"digest": digest(tensors)})
         except (SafetensorError, OSError) as error:
             raise MvwanError(
                 f"{path}: the entry cannot be written ({error}). Free some space, or set data.cache to another folder."
@@ -173,17 +173,8 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise MvwanError(f"latent cache entry {path}: cannot be read ({error}). Start the run again: it encodes the entry anew.") from None
-    if metadata.get("digest") != _digest(tensors):
+    if metadata.get("digest") != digest(tensors):
         raise MvwanError(
             f"latent cache entry {path}: damaged, its bits are not those that were written. Start the run again: it encodes the entry anew."
         )
     return tensors
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        total.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()

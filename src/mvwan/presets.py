@@ -54,33 +54,30 @@ _FINETUNE: dict[str, Any] = {
     },
 }
 
-_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "debug": (
-        "two steps of the tiny Wan at 64 px: does everything connect?",
-        merge(
-            _TINY,
-            {
-                "trainable": {"lora": {"rank": 2}},
-                "data": {"num_frames": 5, "height_px": 64, "width_px": 64, "window_stride": 16, "text_tokens": 32},
-                "train": {
-                    "steps": 2,
-                    "batch_size": 1,
-                    "warmup_steps": 0,
-                    "schedule": "constant",
-                    "movement_step": 2,
-                    "save_every": 2,
-                    "evaluate_every": 2,
-                    "evaluate_windows": 2,
-                },
+_PRESETS: dict[str, dict[str, Any]] = {
+    # Two steps of the tiny Wan at 64 px: does everything connect?
+    "debug": merge(
+        _TINY,
+        {
+            "trainable": {"lora": {"rank": 2}},
+            "data": {"num_frames": 5, "height_px": 64, "width_px": 64, "window_stride": 16, "text_tokens": 32},
+            "train": {
+                "steps": 2,
+                "batch_size": 1,
+                "warmup_steps": 0,
+                "schedule": "constant",
+                "movement_step": 2,
+                "save_every": 2,
+                "evaluate_every": 2,
+                "evaluate_windows": 2,
             },
-        ),
+        },
     ),
-    "tiny": ("the tiny Wan at 128 px on a laptop's CPU, in minutes", _TINY),
-    "wan2.2-ti2v-5b": ("fine-tune Wan2.2-TI2V-5B on robot demonstrations: 25 frames at 256 px", _FINETUNE),
-    "wan2.2-ti2v-5b-pretrain": (
-        "pretrain Wan2.2-TI2V-5B on multi-view tracking: 13 frames, every second one",
-        merge(_FINETUNE, {"data": {"num_frames": 13, "frame_interval": 2, "heatmap_sigma_px": 2.0}}),
-    ),
+    # The tiny Wan on a laptop's CPU, in minutes.
+    "tiny": _TINY,
+    # Fine-tuning of the 5B on robot demonstrations, and its pretraining on multi-view tracking before.
+    "wan2.2-ti2v-5b": _FINETUNE,
+    "wan2.2-ti2v-5b-pretrain": merge(_FINETUNE, {"data": {"num_frames": 13, "frame_interval": 2, "heatmap_sigma_px": 2.0}}),
 }
 
 PRESETS: tuple[str, ...] = tuple(_PRESETS)
@@ -89,12 +86,7 @@ PRESETS: tuple[str, ...] = tuple(_PRESETS)
 
 def preset(name: str) -> dict[str, Any]:
     """Fresh nested settings of the preset, to be laid over the defaults of `config`. `MvwanError` names the nearest preset."""
-    return deepcopy(_PRESETS[_known(name)][1])
-
-
-def describe_preset(name: str) -> str:
-    """One line on what the preset is for. `MvwanError` names the nearest preset."""
-    return _PRESETS[_known(name)][0]
+    return deepcopy(_PRESETS[_known(name)])
 
 
 def config_from_preset(name: str, *overrides: dict[str, Any], where: str | None = None) -> Config:

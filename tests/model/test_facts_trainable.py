@@ -9,25 +9,15 @@ from mvwan.errors import MvwanError
 from mvwan.model.multiview_wan import MultiViewWan
 from mvwan.model.surgery import adapt
 from mvwan.model.trainable import apply, optimizer_groups, parameters_by_name, resolve_groups, verify_trainable
-from mvwan.model.wan import WanTransformer3DModel
+from tests.stock import make_stock
 
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 24,
-    "in_channels": 48,
-    "out_channels": 48,
-    "text_dim": 32,
-    "freq_dim": 32,
-    "ffn_dim": 96,
-    "num_layers": 2,
-}
 SWITCH_ON = resolve_groups(TrainableConfig(), True, TrainConfig(learning_rate=1e-4))
 
 
 def make_bfloat16_model() -> MultiViewWan:
     """Everything bfloat16, islands too, with modulation entries near 0.3 as in a trained Wan; norm weights start at 1."""
     torch.manual_seed(0)
-    model, _ = adapt(WanTransformer3DModel(**TINY))
+    model, _ = adapt(make_stock())
     for name, parameter in model.named_parameters():
         if name.startswith("blocks.") and name.endswith("scale_shift_table"):
             parameter.data = 0.3 + 0.02 * torch.randn_like(parameter)

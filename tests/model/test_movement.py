@@ -13,18 +13,8 @@ from mvwan.model.multiview_wan import MultiViewWan
 from mvwan.model.surgery import adapt
 from mvwan.model.trainable import apply, optimizer_groups, parameters_by_name, resolve_groups
 from mvwan.model.trainable_table import TrainableTable
-from mvwan.model.wan import WanTransformer3DModel, in_float32_island
+from tests.stock import make_stock
 
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 24,
-    "in_channels": 48,
-    "out_channels": 48,
-    "text_dim": 32,
-    "freq_dim": 32,
-    "ffn_dim": 96,
-    "num_layers": 2,
-}
 GROUPS = resolve_groups(TrainableConfig(), True, TrainConfig(learning_rate=1e-3))
 
 
@@ -32,11 +22,7 @@ class Run:
     """A tiny bfloat16 model with everything that a step needs."""
 
     def __init__(self) -> None:
-        torch.manual_seed(0)
-        stock = WanTransformer3DModel(**TINY)
-        for name, parameter in stock.named_parameters():
-            parameter.data = parameter.data if in_float32_island(name) else parameter.data.bfloat16()
-        self.model: MultiViewWan = adapt(stock)[0]
+        self.model: MultiViewWan = adapt(make_stock(torch.bfloat16))[0]
         self.table: TrainableTable = apply(self.model, GROUPS, rank=4)
         self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, GROUPS))
         self.proof = MovementProof(self.model, self.table)

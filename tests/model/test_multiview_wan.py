@@ -8,26 +8,7 @@ from mvwan.errors import MvwanError
 from mvwan.model.multiview_wan import MultiViewWan
 from mvwan.model.surgery import adapt
 from mvwan.model.wan import WanTransformer3DModel, in_float32_island
-
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 24,
-    "in_channels": 48,
-    "out_channels": 48,
-    "text_dim": 32,
-    "freq_dim": 32,
-    "ffn_dim": 96,
-    "num_layers": 2,
-}
-
-
-def make_stock(dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
-    torch.manual_seed(0)
-    stock = WanTransformer3DModel(**TINY).eval().requires_grad_(False)
-    for name, parameter in stock.named_parameters():
-        if not in_float32_island(name):
-            parameter.data = parameter.data.to(dtype)
-    return stock
+from tests.stock import make_stock
 
 
 def make_inputs(batch: int = 2, views: int = 3, frames: int = 3, height: int = 4, width: int = 6) -> tuple[torch.Tensor, ...]:

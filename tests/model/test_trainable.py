@@ -12,26 +12,12 @@ from mvwan.model.multiview_wan import MultiViewWan
 from mvwan.model.surgery import adapt
 from mvwan.model.trainable import apply, optimizer_groups, parameters_by_name, resolve_groups, verify_trainable
 from mvwan.model.trainable_table import TrainableTable, compare
-from mvwan.model.wan import WanTransformer3DModel, in_float32_island, load_transformer
-
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 24,
-    "in_channels": 48,
-    "out_channels": 48,
-    "text_dim": 32,
-    "freq_dim": 32,
-    "ffn_dim": 96,
-    "num_layers": 2,
-}
+from mvwan.model.wan import load_transformer
+from tests.stock import make_stock
 
 
 def make_model(fusion: str = "channel", dtype: torch.dtype = torch.float32) -> MultiViewWan:
-    torch.manual_seed(0)
-    stock = WanTransformer3DModel(**TINY)
-    for name, parameter in stock.named_parameters():
-        parameter.data = parameter.data if in_float32_island(name) else parameter.data.to(dtype)
-    model, _ = adapt(stock, views=3, fusion=fusion)  # type: ignore[arg-type]
+    model, _ = adapt(make_stock(dtype), views=3, fusion=fusion)  # type: ignore[arg-type]
     return model
 
 

@@ -294,8 +294,3 @@ def initial_values(stock: Mapping[str, torch.Tensor], fusion: Fusion) -> dict[st
             values[f"{block}projector.weight"] = (torch.zeros_like(like), "zero")
             values[f"{block}projector.bias"] = (like.new_zeros(len(like)), "zero")
     return values
-
-
-def stock_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `MultiViewWan` that a stock transformer's config gives."""
-    return {name: value for name, value in config.items() if not name.startswith("_")}

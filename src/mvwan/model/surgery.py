@@ -11,10 +11,10 @@ import torch
 
 from mvwan.checkpoint import Compatibility, Purpose, Trained, check_identity, find_checkpoint, load_into, load_trained
 from mvwan.config import LoraConfig, TrainableConfig, TrainConfig, trainable_from_dict
-from mvwan.model.multiview_wan import Fusion, MultiViewWan, initial_values, stock_arguments
+from mvwan.model.multiview_wan import Fusion, MultiViewWan, initial_values
 from mvwan.model.trainable import ResolvedGroup, apply, resolve_groups
 from mvwan.model.trainable_table import TrainableTable
-from mvwan.model.wan import WanTransformer3DModel, base_digest, in_float32_island, load_transformer
+from mvwan.model.wan import WanTransformer3DModel, base_digest, in_float32_island, load_transformer, stock_arguments
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,7 @@ __all__ = [
     "load_transformer",
     "load_vae",
     "register_to_config",
+    "stock_arguments",
 ]
 
 TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny-wan"
@@ -114,8 +115,9 @@ def _describe_folder(folder: Path, source: str) -> BaseDescription:
             config = read_json(config_file)
             files = tuple(_shards(inner, source))
             if config.get("_class_name") == "WanTransformer3DModel":
-                kept = {name: value for name, value in config.items() if not name.startswith("_")}
-                return BaseDescription(id=source, kind="diffusers", transformer_config=kept, files=files, folder=pipeline)
+                return BaseDescription(
+                    id=source, kind="diffusers", transformer_config=stock_arguments(config), files=files, folder=pipeline
+                )
             if all(name in config for name in _NATIVE_FIELDS):
                 return BaseDescription(id=source, kind="native", transformer_config=_from_native(config, files, source), files=files)
             raise MvwanError(
@@ -125,6 +127,11 @@ def _describe_folder(folder: Path, source: str) -> BaseDescription:
     raise MvwanError(
         f"base {source}: holds neither transformer/config.json nor config.json; give a diffusers folder or Wan-native safetensors"
     )
+
+
+def stock_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a stock transformer in its stored config, which holds class name and version beside them."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def _shards(folder: Path, source: str) -> Iterator[Path]:
@@ -153,8 +160,7 @@ def _describe_file(path: Path, source: str) -> BaseDescription:
     else:
         raise MvwanError(f"base {source}: no `config` in the file's metadata and no config.json beside it; put one there")
     if config.get("_class_name") == "WanTransformer3DModel":
-        kept = {name: value for name, value in config.items() if not name.startswith("_")}
-        return BaseDescription(id=source, kind="diffusers", transformer_config=kept, files=(path,), metadata=metadata)
+        return BaseDescription(id=source, kind="diffusers", transformer_config=stock_arguments(config), files=(path,), metadata=metadata)
     return BaseDescription(
         id=source, kind="native", transformer_config=_from_native(config, (path,), source), files=(path,), metadata=metadata
     )
@@ -167,8 +173,7 @@ def _describe_hub(source: str) -> BaseDescription:
         raise MvwanError(
             f"base {source}: neither a folder here nor a hub repository that can be reached ({type(error).__name__})"
         ) from None
-    kept = {name: value for name, value in config.items() if not name.startswith("_")}
-    return BaseDescription(id=source, kind="hub", transformer_config=kept)
+    return BaseDescription(id=source, kind="hub", transformer_config=stock_arguments(config))
 
 
 def _from_native(config: Mapping[str, Any], files: tuple[Path, ...], source: str) -> dict[str, Any]:
