@@ -53,6 +53,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--vae-steps", type=int, default=6000, help="end of the VAE's schedule (default %(default)s)")
     parser.add_argument("--vae-minutes", type=float, default=45, help="or after so long, if that is earlier (default %(default)s)")
     parser.add_argument("--vae-learning-rate", type=float, default=8e-4)
+    parser.add_argument("--vae-from", type=Path, default=None, help="diffusers folder whose VAE gives the first weights (default: drawn)")
     parser.add_argument("--transformer-steps", type=int, default=3000)
     parser.add_argument("--transformer-minutes", type=float, default=15)
     parser.add_argument("--transformer-learning-rate", type=float, default=6e-4)
@@ -85,8 +86,8 @@ def _record(options: argparse.Namespace) -> None:
 def _vae(options: argparse.Namespace) -> None:
     folder = options.work / "vae"
     folder.mkdir(exist_ok=True)
-    rate = options.vae_learning_rate
-    done = vae_stage.train(lambda: _videos(options), folder, options.vae_steps, options.vae_minutes, rate, options.seed, say)
+    rate, start_from = options.vae_learning_rate, options.vae_from
+    done = vae_stage.train(lambda: _videos(options), folder, options.vae_steps, options.vae_minutes, rate, options.seed, say, start_from)
     write_json(folder / "done.json", {**done, "learning_rate": rate})
     say(f"vae: {done}")
 

@@ -23,7 +23,8 @@ from mvwan.files import read_json, whole_file, write_json
 CROP_SHARE = 0.7
 """Share of the steps on many half-size crops instead of few whole pictures; the last quarter of the schedule has none."""
 HEAT_FIRST = 0.68
-"""Share of the schedule in which spots weigh enough to be learned at all; the rest is for the RGB pictures, which starve meanwhile."""
+"""Share of the schedule in which spots weigh enough to be learned at all; the rest is for the RGB pictures, which starve meanwhile.
+None of it when the training starts from a VAE that knows spots."""
 BLOB_WEIGHT = (30.0, 6.0)
 RGB_WEIGHT = (1.0, 4.0)
 """Before and after."""
@@ -50,15 +51,14 @@ def _decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Ten
 
 
 def loss_of(
-    vae: AutoencoderKLWan, pictures: torch.Tensor, is_heat: torch.Tensor, generator: torch.Generator, progress: float
+    vae: AutoencoderKLWan, pictures: torch.Tensor, is_heat: torch.Tensor, generator: torch.Generator, phase: int
 ) -> dict[str, torch.Tensor]:
-    """Losses of one batch: `rgb`, `heat` (L1 + weighted L2, blobs of heatmaps weighted), `kl`, and their `total`."""
+    """Losses of one batch: `rgb`, `heat` (L1 + weighted L2, blobs of heatmaps weighted), `kl`, and their `total`; phase 0 or 1."""
     gaussian = posterior(vae, pictures)
     latents = gaussian.mean + gaussian.std * torch.randn(gaussian.mean.shape, generator=generator)
     error = _decode_unclamped(vae, latents) - pictures
     cost = error.abs() + SQUARE_WEIGHT * error.square()
     blob = (pictures - torch.tensor(_DARK_BLUE)[:, None, None, None]).abs().amax(1, keepdim=True) > 0.15
-    phase = int(progress >= HEAT_FIRST)
     weight = 1 + (BLOB_WEIGHT[phase] - 1) * (blob & is_heat[:, None, None, None, None])
     rgb = cost[~is_heat].mean()
     heat = (cost * weight)[is_heat].mean()
@@ -88,13 +88,18 @@ def train(
     peak_learning_rate: float,
     seed: int,
     say: Callable[[str], None],
+    start_from: Path | None = None,
 ) -> dict[str, Any]:
     """What was done (steps, minutes); writes `vae.pt` (resumed from when there), `vae.jsonl` and `history.json` in `folder`.
+
+    `start_from` is a diffusers folder whose VAE gives the first weights; None: they are drawn.
 
     Ends after `steps` steps or `minutes` minutes of training, whichever is first; the schedule follows the nearer of both ends.
     """
     path = folder / "vae.pt"
     vae = new_vae(seed).train()
+    if start_from is not None:
+        vae.load_state_dict(AutoencoderKLWan.from_pretrained(start_from, subfolder="vae", torch_dtype=torch.float32).state_dict())
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
             module.weight.data = module.weight.data.to(memory_format=torch.channels_last_3d)
@@ -107,14 +112,15 @@ def train(
         optimizer.load_state_dict(stored["optimizer"])
         average, step, seconds = stored["average"], stored["step"], stored["seconds"]
         say(f"vae: continue at step {step}, {seconds / 60:.1f} min")
-    _note_start(folder / "history.json", step, peak_learning_rate)
+    _note_start(folder / "history.json", step, peak_learning_rate, start_from is not None)
     videos = [video for video in load() if not video.held_out]
     sums: dict[str, float] = {}
     last = time.monotonic()
     while (progress := max(step / steps, seconds / 60 / minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, progress, peak_learning_rate)
-        losses = loss_of(vae, *draw(videos, step, progress, seed), torch.Generator().manual_seed(seed * 1_000_003 + step), progress)
+        phase = int(start_from is not None or progress >= HEAT_FIRST)
+        losses = loss_of(vae, *draw(videos, step, progress, seed), torch.Generator().manual_seed(seed * 1_000_003 + step), phase)
         optimizer.zero_grad(set_to_none=True)
         losses["total"].backward()
         norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -143,10 +149,11 @@ def train(
     return {"steps": step, "minutes": round(seconds / 60, 1)}
 
 
-def _note_start(path: Path, step: int, peak_learning_rate: float) -> None:
+def _note_start(path: Path, step: int, peak_learning_rate: float, continued: bool) -> None:
     """Nothing; what can change between two parts of one training is on record, so that the weights do not claim one setting for all."""
     history = read_json(path) if path.exists() else []
     start = {"from_step": step, "heatmap_sigma_px": clips.SIGMA_PX, "spots": list(clips.SPOTS), "learning_rate": peak_learning_rate}
+    start["first_weights"] = "an earlier VAE" if continued else "drawn"
     write_json(path, [*history, start])
 
 

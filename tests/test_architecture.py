@@ -17,11 +17,11 @@ PACKAGE = ROOT / "src" / "mvwan"
 # A half is a step on the landing of its floor: what files of the same floor stand on, or what stands on them.
 FLOORS: dict[float, tuple[str, ...]] = {
     -1: ("errors",),
-    0: ("cameras", "files", "shapes"),
+    0: ("cameras", "files", "shapes", "tensors"),
     1: ("batch", "config", "heatmaps", "metrics", "model.native_names", "model.trainable_table", "pictures", "report_figures"),
     1.5: ("data.episode", "flow"),
     2: ("data.lerobot", "data.transforms", "model.trainable", "model.wan", "presets", "report_frames", "trajectory"),
-    3: ("checkpoint", "data.dataset", "model.latents", "model.movement", "model.multiview_wan"),
+    3: ("checkpoint", "compatibility", "data.dataset", "model.latents", "model.movement", "model.multiview_wan"),
     4: ("latent_cache", "model.surgery"),
     5: ("sample", "sim.metaworld", "training_module"),
     6: ("evaluate", "optimizer"),

@@ -14,16 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mvwan import checkpoint
-from mvwan.checkpoint import (
-    TRAINED,
-    check_identity,
-    check_resume,
-    compatibility,
-    latest_checkpoint,
-    load_into,
-    load_trained,
-    save_checkpoint,
-)
+from mvwan.checkpoint import TRAINED, latest_checkpoint, load_trained, save_checkpoint
+from mvwan.compatibility import check_identity, check_resume, compatibility, load_into
 from mvwan.config import BaseConfig, Config, GroupConfig, LoraConfig, TrainableConfig
 from mvwan.errors import MvwanError
 from mvwan.files import sha256_file
@@ -155,9 +147,9 @@ def test_a_killed_save_never_shows(off: HeatmapWanTrainingModule, tmp_path: Path
     first = save(off, tmp_path, step=4)
     code = (
         "import sys, time, torch\nfrom mvwan import checkpoint\n"
-        "write = checkpoint._save_tensors\n"
+        "write = checkpoint.write_tensors\n"
         "def slow(path, tensors):\n    write(path, tensors); print('half', flush=True); time.sleep(60)\n"
-        "checkpoint._save_tensors = slow\n"
+        "checkpoint.write_tensors = slow\n"
         "groups = {'g': {'mode': 'full', 'names': ['a']}}\n"
         "checkpoint.save_checkpoint(sys.argv[1], 8, {'a': torch.ones(3)}, {'groups': groups}, {}, {})\n"
     )

@@ -16,17 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from mvwan.batch import Batch, Sample
-from mvwan.checkpoint import digest
 from mvwan.data.dataset import WindowDataset, heat_video
 from mvwan.errors import MvwanError
 from mvwan.files import sha256_json, whole_file
 from mvwan.model.latents import LatentCodec
 from mvwan.shapes import frames_of_latent, num_latent_frames
+from mvwan.tensors import TensorFile, digest, write_tensors
 
 _FORMAT = 1
 """Raised whenever the code changes what an entry holds."""
@@ -145,14 +143,8 @@ def heat_valid(visible: np.ndarray) -> np.ndarray:
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
-        try:
-            save_file(tensors, partial, metadata={"digest": digest(tensors)})
-        except (SafetensorError, OSError) as error:
-            raise MvwanError(
-                f"{path}: the entry cannot be written ({error}). Free some space, or set data.cache to another folder."
-            ) from None
+        write_tensors(partial, tensors, {"digest": digest(tensors)})
 
 
 def _state(path: Path) -> str:
@@ -167,14 +159,12 @@ def _state(path: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
+    again = "Start the run again: it encodes the entry anew."
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise MvwanError(f"latent cache entry {path}: cannot be read ({error}). Start the run again: it encodes the entry anew.") from None
-    if metadata.get("digest") != digest(tensors):
-        raise MvwanError(
-            f"latent cache entry {path}: damaged, its bits are not those that were written. Start the run again: it encodes the entry anew."
-        )
+        file = TensorFile(path)
+        tensors = dict(file)
+    except MvwanError as error:
+        raise MvwanError(f"latent cache entry {error}. {again}") from None
+    if file.metadata.get("digest") != digest(tensors):
+        raise MvwanError(f"latent cache entry {path}: damaged, its bits are not those that were written. {again}")
     return tensors

@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 from mvwan import checkpoint, flow, pictures
 from mvwan.batch import Batch
+from mvwan.compatibility import check_resume
 from mvwan.config import Config, TrainConfig, dump_yaml
 from mvwan.data.dataset import WindowDataset, global_indices, heat_video, read_episodes
 from mvwan.errors import MvwanError
@@ -344,7 +345,7 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
     step = 0
     if found is not None:
         saved = checkpoint.read_manifest(found)
-        checkpoint.check_resume(saved, manifest, found)
+        check_resume(saved, manifest, found)
         step = saved["step"]
     start_from = found or config.train.from_checkpoint
     if start_from is not None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from mvwan import flow
 from mvwan.batch import Batch
-from mvwan.checkpoint import Compatibility, check_identity
+from mvwan.compatibility import Compatibility, check_identity
 from mvwan.config import BaseConfig, Config, LoraConfig, ModelConfig, TrainableConfig
 from mvwan.errors import MvwanError
 from mvwan.model.multiview_wan import MultiViewWan

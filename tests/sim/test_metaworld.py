@@ -34,17 +34,13 @@ def recorded(tmp_path_factory):
     return root, record(FAST, 2, root, seed=5, size_px=32, progress=False)
 
 
-def test_the_same_seed_gives_the_same_bytes_of_state_and_another_seed_others(recorded, tmp_path):
-    """Pictures are compared with a margin: now and then one view of a recording comes out a few grey levels apart, see LOG.md."""
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(recorded, tmp_path):
     root, _ = recorded
     record(FAST, 2, tmp_path / "same", seed=5, size_px=32, progress=False)
-    state = [*sorted((root / "data").rglob("*.parquet")), root / "meta" / "info.json", root / "meta" / "cameras.json"]
-    assert len(state) >= 3
-    for file in state:
-        assert (tmp_path / "same" / file.relative_to(root)).read_bytes() == file.read_bytes(), file
-    for one, other in zip(read_lerobot(root), read_lerobot(tmp_path / "same"), strict=True):
-        pictures = [episode.read_rgb(range(episode.num_frames)).astype(int) for episode in (one, other)]
-        assert np.abs(pictures[0] - pictures[1]).mean() < 0.5
+    files = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
+    assert {file.suffix for file in files} >= {".parquet", ".json", ".mp4"}
+    for file in files:
+        assert (tmp_path / "same" / file).read_bytes() == (root / file).read_bytes(), file
     with Simulator(FAST, ()) as simulator:
         points = [rollout(simulator, layout).point_m for layout in (5, 6)]
     assert not np.array_equal(points[0][:20], points[1][:20])

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from mvwan.checkpoint import Compatibility, Purpose, Trained, check_identity, find_checkpoint, load_into, load_trained
+from mvwan.checkpoint import Trained, find_checkpoint, load_trained
+from mvwan.compatibility import Compatibility, Purpose, check_identity, load_into
 from mvwan.config import LoraConfig, TrainableConfig, TrainConfig, trainable_from_dict
 from mvwan.model.multiview_wan import Fusion, MultiViewWan, initial_values
 from mvwan.model.trainable import ResolvedGroup, apply, resolve_groups

@@ -1,0 +1,78 @@
+"""Tensors in safetensors files: written, read one at a time, and vouched for by digests of their bits. Nothing is unpickled.
+
+Knows no parameter name and no folder; who writes makes the file whole (`files.whole_file`, `files.whole_directory`).
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mvwan.errors import MvwanError
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Nothing; the file `path` holds the tensors. Raises `MvwanError` when the disk does not take them."""
+    content = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(content, path, metadata={"format": "pt", **(metadata or {})})
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it private; like any new file instead
+    except (SafetensorError, OSError) as error:
+        raise MvwanError(f"{path}: cannot be written ({error}). Free some space or choose another folder.") from None
+
+
+class TensorFile(Mapping[str, torch.Tensor]):
+    """The tensors of a safetensors file by name, each read when it is asked for, so that no second copy of a model is ever in memory.
+
+    Raises `MvwanError` for a file that is missing, cut short or no safetensors file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise MvwanError(f"{path}: no such file")
+        try:
+            with safe_open(self.path, "pt") as file:
+                self.shapes: dict[str, tuple[int, ...]] = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                self.metadata: dict[str, str] = file.metadata() or {}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise self._unreadable(error) from None
+        self._stored = {name: name for name in self.shapes}
+
+    def renamed(self, names: Mapping[str, str]) -> "TensorFile":
+        """The same file with the tensors under other names: `names` is {stored: new}, for every tensor, without repeats."""
+        other = TensorFile(self.path)
+        other._stored = {names[name]: name for name in self.shapes}
+        assert len(other._stored) == len(self.shapes), "two tensors under one name"
+        other.shapes = {names[name]: shape for name, shape in self.shapes.items()}
+        return other
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        try:
+            # Opened anew for each tensor: an open file keeps all the pages that were ever read.
+            with safe_open(self.path, "pt") as file:
+                return file.get_tensor(self._stored[name])
+        except (SafetensorError, OSError, ValueError) as error:
+            raise self._unreadable(error) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def _unreadable(self, error: Exception) -> MvwanError:
+        return MvwanError(f"{self.path}: not a readable safetensors file ({error}). Give a run's folder or a .safetensors checkpoint.")
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """`sha256:…` of names, dtypes, shapes and bits, whatever the order."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu").contiguous()
+        total.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{total.hexdigest()}"
