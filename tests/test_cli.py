@@ -34,7 +34,7 @@ INTERFACE = {
     "params": ["--base", "--views", "--fusion", "--lora-rank", *SWITCH, "--json", "--markdown", "--compare"],
     "record": ["--output", "--task", "--episodes", "--size-px", "--seed"],
     "cache": ["--output", *SETTINGS],
-    "train": ["--output", *SETTINGS, *SWITCH, "--resume", "--dry-run"],
+    "train": ["--output", *SETTINGS, *SWITCH, "--resume", "--accept-trainable-change", "--dry-run"],
     "sample": ["run", "--output", "--dataset", "--window", "--denoise-steps", "--seed"],
     "evaluate": ["run", "--dataset", "--windows", "--denoise-steps", "--seed", "--output"],
     "demo": ["--output", "--task", "--episodes", "--steps", "--windows", "--seed", "--fresh"],
