@@ -349,6 +349,17 @@ def test_part_of_a_switch_group_is_not_an_older_checkpoint(on: HeatmapWanTrainin
         fit.require("infer", "file")
 
 
+def test_missing_tensors_are_listed_by_group_and_block(off: HeatmapWanTrainingModule) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in off.saved_tensors().items()}
+    for name in ("blocks.0.projector.weight", "blocks.1.projector.weight", "blocks.1.modulation_mvs", "patch_embedding.bias"):
+        del shapes[name]
+    with pytest.raises(MvwanError) as error:
+        compatibility(shapes, off.model, off.table).require("infer", "file")
+    assert "missing of the group projector: blocks.{0-1}.projector.weight; " in str(error.value)
+    assert "missing of the group modulation_mvs: blocks.1.modulation_mvs" in str(error.value)
+    assert "missing of the group patch_embedding: patch_embedding.bias" in str(error.value)
+
+
 def test_an_unknown_name_is_answered_with_the_nearest(off: HeatmapWanTrainingModule) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in off.saved_tensors().items()}
     shapes["blocks.0.projectr.weight"] = shapes["blocks.0.projector.weight"]

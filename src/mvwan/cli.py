@@ -247,7 +247,7 @@ def train(
     config, note = resolve_config(preset_name, config_file, settings, unfreeze_modulation_and_norms, os.environ)
     _note(note)
     if dry_run:
-        _dry_run(config)
+        _dry_run(config, accept_trainable_change)
         return
     from mvwan.train import train as run_training
 
@@ -255,8 +255,8 @@ def train(
     typer.echo(f"checkpoint: {result.checkpoint}")
 
 
-def _dry_run(config: Config) -> None:
-    """Prints what `train` would do: settings as YAML, what trains, how many windows."""
+def _dry_run(config: Config, accept_trainable_change: bool) -> None:
+    """Prints what `train` would do: settings as YAML, what trains, how the checkpoint to start from fits, how many windows."""
     from mvwan.model import surgery
 
     typer.echo(dump_yaml(config))
@@ -270,6 +270,13 @@ def _dry_run(config: Config) -> None:
     )
     datasets = _datasets(config) if config.data.root else {}
     _console().print(table.render())
+    if config.train.from_checkpoint is not None:
+        from mvwan.training_module import HeatmapWanTrainingModule
+
+        start: dict[str, Any] = {"checkpoint": config.train.from_checkpoint, "accept_trainable_change": accept_trainable_change}
+        fit = HeatmapWanTrainingModule(config=config, device="meta", print_banners=False, **start).fit
+        assert fit is not None
+        typer.echo("\n".join([f"checkpoint {config.train.from_checkpoint}: {fit.outcome}", *fit.describe()]))
     counts = ", ".join(f"{len(dataset)} {split}" for split, dataset in datasets.items())
     typer.echo(f"windows: {counts or 'unknown, data.root is not set'}")
 

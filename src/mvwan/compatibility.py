@@ -10,6 +10,7 @@ Knows no file: it gets tensors, shapes and manifests.
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +66,7 @@ class Compatibility:
     def require(self, purpose: Purpose, path: str | Path) -> None:
         """Nothing, or `MvwanError` when this outcome does not allow `purpose`."""
         if self.outcome == "conflict":
-            problems = [f"missing of the group {group}: {_some(names)}" for group, names in self.missing.items()]
+            problems = [f"missing of the group {group}: {_some(_by_block(names))}" for group, names in self.missing.items()]
             problems += [f"unknown: {_some(self.unknown)}"] if self.unknown else []
             problems += [f"of another shape: {_some(self.reshaped)}"] if self.reshaped else []
             raise MvwanError(
@@ -128,6 +129,27 @@ def load_into(
 def _nearest(name: str, own: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(name, [key for key in own if key.split(".")[:2] == name.split(".")[:2]] or list(own), n=1)
     return f" (nearest is {near[0]})" if near else ""
+
+
+def _by_block(names: Sequence[str]) -> list[str]:
+    """The names with the blocks that share one put together: `blocks.{0-3,7}.projector.weight`."""
+    blocks: dict[str, list[int]] = {}
+    for name in names:
+        found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        blocks.setdefault(f"blocks.*.{found[2]}" if found else name, []).append(int(found[1]) if found else 0)
+    return [
+        stem.replace("*", str(numbers[0]) if len(numbers) == 1 else f"{{{_ranges(sorted(numbers))}}}")
+        if stem.startswith("blocks.*.")
+        else stem
+        for stem, numbers in blocks.items()
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-3,7` for 0, 1, 2, 3, 7."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ",".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
 
 
 def _some(names: Sequence[str], shown: int = 3) -> str:
