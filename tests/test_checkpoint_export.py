@@ -58,9 +58,7 @@ def test_an_older_file_exported_is_itself(name: str, tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt"}
 
 
-@pytest.mark.parametrize(
-    "sections", [{}, {"unfreeze_modulation_and_norms": True}, STREAMS], ids=["switch off", "switch on", "fusion view"]
-)
+@pytest.mark.parametrize("sections", [{}, {"unfreeze_modulation_and_norms": True}, STREAMS], ids=["switch off", "switch on", "fusion view"])
 def test_our_checkpoint_exported_and_loaded_by_path_alone_is_the_same_model(sections: dict[str, Any], tmp_path: Path) -> None:
     module = save_run(tmp_path / "run", **sections)
     written = export_checkpoint(tmp_path / "run", tmp_path / "older.safetensors", "wan-native")
@@ -173,7 +171,7 @@ def test_multiview_is_the_adapted_model(sections: dict[str, Any], tmp_path: Path
 
 def test_an_older_file_needs_its_base_by_name_and_another_base_is_refused(tmp_path: Path) -> None:
     older = GOLDEN / "trained_unfrozen.safetensors"
-    with pytest.raises(MvwanError, match="does not know its base. Name it with --base"):
+    with pytest.raises(MvwanError, match=r"does not know its base\. Name it with --base"):
         export_checkpoint(older, tmp_path / "whole", "multiview")
     written = export_checkpoint(older, tmp_path / "whole", "multiview", base=BASE)
     assert "how many views" in " ".join(written.notes)

@@ -77,10 +77,8 @@ def verify_checkpoint(path: str | Path) -> tuple[Path, str]:
 
 def _check_older(path: Path, tensors: TensorFile) -> None:
     for name in tensors:
-        if ".lora_A." in name or ".lora_B." in name:
-            other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
-            if other not in tensors:
-                raise MvwanError(f"{path}: half an adapter, {name} without {other}. Use another checkpoint.")
+        if adapted_weight(name) is not None and _other_half(name) not in tensors:
+            raise MvwanError(f"{path}: half an adapter, {name} without {_other_half(name)}. Use another checkpoint.")
     _check_finite(path, tensors)
 
 
@@ -166,15 +164,26 @@ def _check_shapes(found: Path, shapes: Mapping[str, _Shape], initial: Mapping[st
         if own is None:
             problems.append(f"{name} is unknown to it")
             continue
-        fits = tuple(own.shape) == shape if weight is None else shape[1] == own.shape[1] if ".lora_A." in name else shape[0] == own.shape[0]
-        if not fits:
+        if (weight is None and tuple(own.shape) != shape) or (weight is not None and not _adapts(name, shape, tuple(own.shape))):
             problems.append(f"{name} is {list(shape)}, which does not fit {list(own.shape)}")
+        elif weight is not None and (other := shapes.get(_other_half(name))) is None:
+            problems.append(f"{name} is without its {'lora_B' if '.lora_A.' in name else 'lora_A'}")
+        elif weight is not None and ".lora_A." in name and other is not None and other[-1] != shape[0]:
+            problems.append(f"{name} has rank {shape[0]}, its lora_B {other[-1]}")
     if problems:
         raise MvwanError(f"checkpoint {found} does not fit the base: {_some(problems)}. Give the base that it was trained on.")
 
 
+def _adapts(name: str, shape: _Shape, weight: _Shape) -> bool:
+    """Whether an adapter's A [rank, in] or B [out, rank] has the shape for a weight [out, in]."""
+    return len(shape) == len(weight) == 2 and (shape[1] == weight[1] if ".lora_A." in name else shape[0] == weight[0])
+
+
+def _other_half(name: str) -> str:
+    return name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
+
+
 def _distance(group: str, names: Iterable[str], tensors: TensorFile, initial: Mapping[str, torch.Tensor], scale: float) -> GroupDistance:
-    """(start, change) of each tensor, summed up."""
     count, moved, start_squares, change_squares, zero_squares = 0, 0, 0.0, 0.0, []
     for name in names:
         weight = adapted_weight(name)
@@ -185,7 +194,7 @@ def _distance(group: str, names: Iterable[str], tensors: TensorFile, initial: Ma
         if weight is None:
             change = _norm(tensors[name].to(torch.float64) - before.to(torch.float64))
         else:
-            change = scale * _product_norm(tensors[name], tensors[name.replace(".lora_A.", ".lora_B.")])
+            change = scale * _product_norm(tensors[name], tensors[_other_half(name)])
         count, moved = count + 1, moved + (change != 0)
         if start == 0:
             zero_squares.append(change**2)
