@@ -23,11 +23,11 @@ FLOORS: dict[float, tuple[str, ...]] = {
     2: ("data.lerobot", "data.transforms", "model.trainable", "model.wan", "presets", "report_frames", "trajectory"),
     3: ("checkpoint", "compatibility", "data.dataset", "model.latents", "model.movement", "model.multiview_wan"),
     4: ("checkpoint_writer", "latent_cache", "model.surgery"),
-    5: ("sample", "sim.metaworld", "train_data", "training_module"),
+    5: ("checkpoint_compare", "checkpoint_export", "sample", "sim.metaworld", "train_data", "training_module"),
     6: ("evaluate", "optimizer", "run_manifest"),
     6.5: ("run_record",),
     7: ("report", "train"),
-    8: ("bench", "demo"),
+    8: ("bench", "cli_checkpoint", "demo"),
     9: ("cli",),
     10: ("__init__", "__main__"),
 }

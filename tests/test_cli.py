@@ -38,7 +38,10 @@ INTERFACE = {
     "sample": ["run", "--output", "--dataset", "--window", "--denoise-steps", "--seed"],
     "evaluate": ["run", "--dataset", "--windows", "--denoise-steps", "--seed", "--output"],
     "demo": ["--output", "--task", "--episodes", "--steps", "--windows", "--seed", "--fresh"],
-    "checkpoint inspect": ["path"],
+    "checkpoint inspect": ["path", "--json"],
+    "checkpoint verify": ["path", "--against"],
+    "checkpoint diff": ["a", "b", "--json"],
+    "checkpoint export": ["path", "--format", "--output", "--base", "--ema", "--dtype", "--rgb-only"],
 }
 """Changing this is changing what users type: say so in LOG.md and the guides."""
 

@@ -7,18 +7,16 @@ Ctrl-C 130; anything else keeps its traceback.
 
 import json
 import os
-import sys
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
 from mvwan import __version__
+from mvwan.cli_checkpoint import checkpoints, console
 from mvwan.config import Config, LoraConfig, TrainableConfig, config_from_dict, dump_yaml, merge, parse_overrides, read_yaml
 from mvwan.errors import MvwanError, PreemptedError
 from mvwan.presets import PRESETS, preset
@@ -52,7 +50,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-checkpoints = typer.Typer(cls=Door, help="Look into checkpoints.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(checkpoints, name="checkpoint")
 
 
@@ -138,11 +135,6 @@ def _note(text: str) -> None:
         typer.echo(f"note: {text}", err=True)
 
 
-def _console() -> Console:
-    """Tables keep their columns when the output is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-
-
 @app.command(epilog="Example: mvwan params --base wan2.2-ti2v-5b --unfreeze_modulation_and_norms --json")
 def params(
     base: Annotated[
@@ -179,7 +171,7 @@ def params(
         typer.echo(shown.to_markdown())
     else:
         heading = "off and on" if compare else "on" if unfreeze_modulation_and_norms or variable else "off"
-        _console().print(shown.render(f"What trains: {base}, {views} views, fusion {fusion.value}, switch {heading}"))
+        console().print(shown.render(f"What trains: {base}, {views} views, fusion {fusion.value}, switch {heading}"))
 
 
 @app.command(epilog="Example: mvwan record --task drawer-open-v3 --episodes 10 --output data/drawer")
@@ -269,7 +261,7 @@ def _dry_run(config: Config, accept_trainable_change: bool) -> None:
         train=config.train,
     )
     datasets = _datasets(config) if config.data.root else {}
-    _console().print(table.render())
+    console().print(table.render())
     if config.train.from_checkpoint is not None:
         from mvwan.training_module import HeatmapWanTrainingModule
 
@@ -322,40 +314,7 @@ def evaluate(
     result = evaluate_prediction(
         run, dataset=dataset, windows=windows, denoise_steps=denoise_steps, seed=seed, output=output, progress=True
     )
-    _console().print(render(result))
-
-
-@checkpoints.command(epilog="Example: mvwan checkpoint inspect runs/first")
-def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Run, checkpoint folder or .safetensors file.", show_default=False)],
-) -> None:
-    """What a checkpoint holds, after checking every digest."""
-    from mvwan.checkpoint import find_checkpoint, load_trained
-
-    found = find_checkpoint(path)
-    tensors, manifest = load_trained(found)
-    _console().print(_manifest_table(manifest, len(tensors)))
-    typer.echo(
-        f"{found}: {len(tensors)} tensors, all digests match"
-        if manifest["groups"]
-        else f"{found}: {len(tensors)} tensors, no digests to check"
-    )
-
-
-def _manifest_table(manifest: Mapping[str, Any], num_tensors: int) -> Table:
-    """What is in a checkpoint, group by group; one line for a file of the older system, which names no groups."""
-    base, lora = manifest["base"]["id"] or "unknown (older format)", manifest["lora"]["rank"]
-    switch = "on" if manifest["unfreeze_modulation_and_norms"] else "off"
-    step, views = manifest["step"] or "unknown", manifest["views"] or "?"
-    title = f"step {step}, base {base}, {views} views, fusion {manifest['fusion']}, LoRA rank {lora}, switch {switch}"
-    table = Table(title=title, title_justify="left")
-    for column in ("group", "mode", "parameters", "tensors", "dtype"):
-        table.add_column(column, justify="right" if column in ("parameters", "tensors") else "left")
-    for name, group in manifest["groups"].items():
-        table.add_row(name, group["mode"], f"{group['parameters']:,}", f"{group['tensors']:,}", group["dtype"])
-    if not manifest["groups"]:
-        table.add_row("all", "", "", f"{num_tensors:,}", "")
-    return table
+    console().print(render(result))
 
 
 @app.command(epilog="Example: mvwan demo --output runs/demo")

@@ -123,7 +123,12 @@ def plain_words(path: str | Path) -> Iterator[None]:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Nothing; `path` then holds `value` as indented JSON, whole or not at all. NaN and infinity become "nan", "inf", "-inf"."""
-    write_file(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """`value` as indented JSON with its newline; NaN and infinity as in `write_json`."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def json_line(value: Any) -> str:

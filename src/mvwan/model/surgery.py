@@ -1,8 +1,10 @@
-"""Stock transformer -> `MultiViewWan` + a report of what was added, widened and left alone; and the loader that everybody calls.
+"""Stock transformer -> `MultiViewWan` + a report of what was added, widened and left alone, and back; the loader that everybody calls.
 
 `load_model` is base + surgery + trainable groups + checkpoint, in this order, for training, sampling and tests alike.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,53 @@ def adapt(stock: WanTransformer3DModel, views: int = 3, fusion: Fusion = "channe
         adapted_parameters=sum(tensor.numel() for tensor in state.values()),
     )
     return model.eval().requires_grad_(False), report
+
+
+_ONLY_IN_MULTI_VIEW = re.compile(r"(blocks\.\d+\.(mvs_attn|projector|modulation_mvs)|head_heatmap|patch_embedding_heatmap)(\..+|$)")
+
+
+def has_place_in_stock(name: str) -> bool:
+    """Whether a stock transformer has a place for the tensor of that name, for `head_rgb` as its only head."""
+    return _ONLY_IN_MULTI_VIEW.match(name) is None
+
+
+def obstacles_to_stock(tensors: Mapping[str, torch.Tensor], fusion: Fusion) -> list[str]:
+    """A clause for each thing by which the RGB half depends on what a stock transformer has no place for; none when there is nothing.
+
+    `tensors` are those of a model or of a checkpoint alone: what a checkpoint lacks of these, a base gives as zero.
+    """
+    obstacles = []
+    projectors = [name for name in tensors if re.fullmatch(r"blocks\.\d+\.projector\.(weight|bias)", name)]
+    blocks = sorted({int(name.split(".")[1]) for name in projectors if bool(tensors[name].count_nonzero())})
+    if blocks:
+        listed = ", ".join(str(block) for block in blocks[:8]) + (", …" if len(blocks) > 8 else "")
+        obstacles.append(f"group projector: not zero in {len(blocks)} of {len(projectors) // 2} blocks ({listed}), so view attention acts")
+    if fusion == "channel" and "patch_embedding.weight" in tensors:
+        heat = tensors["patch_embedding.weight"].chunk(2, dim=1)[1]
+        if used := int(heat.count_nonzero()):
+            obstacles.append(f"group patch_embedding: {used:,} of {heat.numel():,} values in its heat columns not zero, so RGB reads heat")
+    return obstacles
+
+
+def to_stock(model: MultiViewWan, dtype: torch.dtype) -> WanTransformer3DModel:
+    """The stock transformer that equals `model` on each view's RGB half: the way back from `adapt`, after adapters are merged.
+
+    `dtype` is for everything outside the float32 islands, since stock Wan computes in one type. Takes over the tensors of `model`
+    (which must not be used afterwards).
+    """
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    config: Any = model.config
+    assert not obstacles_to_stock(state, config.fusion), "ask obstacles_to_stock first"
+    if config.fusion == "channel":
+        state["patch_embedding.weight"] = state["patch_embedding.weight"].chunk(2, dim=1)[0].clone()
+    held = {name.removeprefix("head_rgb."): tensor for name, tensor in state.items() if has_place_in_stock(name)}
+    arguments = {name: value for name, value in stock_arguments(config).items() if name not in ("views", "fusion")}
+    with torch.device("meta"):
+        stock = WanTransformer3DModel(**arguments)
+    typed = {name: tensor.to(torch.float32 if in_float32_island(name) else dtype) for name, tensor in held.items()}
+    stock.load_state_dict(typed, strict=True, assign=True)
+    stock.rope = model.rope
+    return stock.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True, kw_only=True)
