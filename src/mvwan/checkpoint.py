@@ -100,11 +100,19 @@ def save_checkpoint(
         }
         write_json(partial / MANIFEST, content)
         mark_committed(partial, sha256_file(partial / MANIFEST) + "\n")
-    write_file(folder / "latest", target.name + "\n")
-    if keep_last:
-        for old in list_checkpoints(output)[:-keep_last]:
-            remove_directory(old)
+    tidy(output, keep_last)
     return target
+
+
+def tidy(output: str | Path, keep_last: int = 0) -> None:
+    """Nothing; `latest` names the newest checkpoint and older ones beyond `keep_last` (0: none) are gone, also after a killed save."""
+    found = list_checkpoints(output)
+    if not found:
+        return
+    remove_leftovers(found[-1].parent)
+    write_file(found[-1].parent / "latest", found[-1].name + "\n")
+    for old in found[:-keep_last] if keep_last else ():
+        remove_directory(old)
 
 
 def _is_installed(name: str) -> bool:

@@ -49,7 +49,7 @@ from mvwan.compatibility import check_resume
 from mvwan.config import Config, TrainConfig, dump_yaml
 from mvwan.data.dataset import WindowDataset, global_indices, heat_video, read_episodes
 from mvwan.errors import MvwanError
-from mvwan.files import flatten, json_line, read_json, read_json_lines, write_file, write_json
+from mvwan.files import flatten, json_line, read_json, read_json_lines, remove_leftovers, write_file, write_json
 from mvwan.heatmaps import render
 from mvwan.latent_cache import LatentCache, build_cache, is_complete
 from mvwan.model.latents import LatentCodec, codec_digest
@@ -443,6 +443,9 @@ def _items(train: TrainConfig, seed: int, num_items: int, num_processes: int, pr
 def _introduce(state: State, training: WindowDataset) -> None:
     """Writes what a run is known by, and shows what trains."""
     config, output = state.config, state.output
+    checkpoint.tidy(output, config.train.keep_last)  # a killed save may have stopped before its pointer
+    for folder in (output, *(output / "latents").glob("*/")):
+        remove_leftovers(folder)
     write_file(output / "config.yaml", dump_yaml(config))
     write_json(output / "table.json", state.own.table.to_json(config.base.source, config.model.views, config.model.fusion))
     write_file(output / "metrics.jsonl", "".join(json_line(line) for line in state.history))
