@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mvwan.config import Config, config_from_dict, merge, parse_overrides
-from mvwan.errors import MvwanError
+from mvwan.errors import MvwanError, PreemptedError
 from mvwan.presets import PRESETS, preset
 
 # Flag: (type, default of the older parser, field of the config it sets).
@@ -131,6 +131,9 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("--max_steps", type=int, help="stop after so many optimizer steps")
     own.add_argument("--augmentation_variants", type=int, help="augmented copies of each window in the latent cache (default: 4)")
     own.add_argument("--resume", action="store_true", help="continue the run in --output_path")
+    own.add_argument(
+        "--accept_trainable_change", action="store_true", help="go on although the checkpoint was trained with the switch set otherwise"
+    )
     own.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field of the config, last word over all flags")
     return parser
 
@@ -322,16 +325,19 @@ def run(arguments: Sequence[str] | None = None) -> None:
         return
     from mvwan.train import train
 
-    train(config, Path(args.output_path), resume=args.resume)
+    train(config, Path(args.output_path), resume=args.resume, accept_trainable_change=args.accept_trainable_change)
 
 
 def main() -> None:
-    """`run` with the house's exit code: a user's mistake is one sentence on stderr and code 2."""
+    """`run` with the house's exit codes: a user's mistake is one sentence on stderr and 2, a training that SIGTERM stopped is 75."""
     try:
         run()
     except MvwanError as error:
         print(f"heatmap_train_mv.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except PreemptedError as stop:
+        print(f"heatmap_train_mv.py: {stop}", file=sys.stderr)
+        sys.exit(PreemptedError.EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -55,10 +55,12 @@ def manifest_of(module: HeatmapWanTrainingModule) -> dict[str, Any]:
     }
 
 
-def save(module: HeatmapWanTrainingModule, output: Path, step: int = 4, **more: Any) -> Path:
+def save(module: HeatmapWanTrainingModule, output: Path, step: int = 4, loss: float | None = None, **more: Any) -> Path:
     tensors = module.saved_tensors()
     moments = {f"exp_avg/{name}": torch.full_like(tensor, 0.5) for name, tensor in tensors.items()}
-    return save_checkpoint(output, step, tensors, manifest_of(module), moments, {"schedule": "constant"}, **more)
+    return save_checkpoint(
+        output, step, tensors, manifest_of(module) | {"held_out_loss": loss}, moments, {"updates": {"lora": step}}, **more
+    )
 
 
 def shake(module: HeatmapWanTrainingModule) -> None:
@@ -101,7 +103,7 @@ def test_what_is_saved_comes_back_to_the_bit(on: HeatmapWanTrainingModule, tmp_p
     assert same(load_trained(folder, ema=True).tensors, average)
     moments, state = checkpoint.read_optimizer(folder)
     assert set(moments) == {f"exp_avg/{name}" for name in tensors}
-    assert state == {"step": 4, "schedule": "constant"}
+    assert state == {"step": 4, "updates": {"lora": 4}}
     for row in on.table.trainable_rows:
         entry = manifest["groups"][row.name]
         assert (entry["mode"], entry["parameters"], entry["tensors"], entry["dtype"]) == (row.mode, row.parameters, row.tensors, "float32")
@@ -141,6 +143,28 @@ def test_old_checkpoints_go_when_new_ones_are_safe(off: HeatmapWanTrainingModule
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-000004", "step-000006"]
     save(off, tmp_path, step=6, keep_last=2)  # once more, as after a run was taken back
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-000004", "step-000006"]
+
+
+def test_the_best_stays_and_is_pointed_to(off: HeatmapWanTrainingModule, tmp_path: Path) -> None:
+    losses = {2: 0.5, 4: 0.2, 6: None, 8: 0.2, 10: 0.3}
+    for step, loss in losses.items():
+        save(off, tmp_path, step=step, loss=loss, keep_last=2, keep_best=True)
+    folder = tmp_path / "checkpoints"
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-000004", "step-000008", "step-000010"]
+    assert checkpoint.find_checkpoint(folder / "best") == folder / "step-000004"
+    assert checkpoint.find_checkpoint(folder / "latest") == folder / "step-000010"
+    assert load_trained(folder / "best").manifest["held_out_loss"] == 0.2
+
+    spoiled = folder / "step-000004" / "manifest.json"
+    spoiled.write_text(spoiled.read_text() + " ")  # it cannot be the best any more, and must not keep others from being saved
+    save(off, tmp_path, step=12, loss=0.4, keep_last=2, keep_best=False)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-000010", "step-000012"]
+    assert (folder / "best").read_text() == "step-000008\n", "the best when it was chosen; it went by keep_best=False"
+    with pytest.raises(MvwanError, match="step-000008: no such file or folder"):
+        load_trained(folder / "best")
+    (folder / "best").write_text("../../elsewhere")
+    with pytest.raises(MvwanError, match="best: names no checkpoint folder"):
+        load_trained(folder / "best")
 
 
 def test_a_killed_save_never_shows(off: HeatmapWanTrainingModule, tmp_path: Path) -> None:
@@ -325,6 +349,17 @@ def test_part_of_a_switch_group_is_not_an_older_checkpoint(on: HeatmapWanTrainin
         fit.require("infer", "file")
 
 
+def test_missing_tensors_are_listed_by_group_and_block(off: HeatmapWanTrainingModule) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in off.saved_tensors().items()}
+    for name in ("blocks.0.projector.weight", "blocks.1.projector.weight", "blocks.1.modulation_mvs", "patch_embedding.bias"):
+        del shapes[name]
+    with pytest.raises(MvwanError) as error:
+        compatibility(shapes, off.model, off.table).require("infer", "file")
+    assert "missing of the group projector: blocks.{0-1}.projector.weight; " in str(error.value)
+    assert "missing of the group modulation_mvs: blocks.1.modulation_mvs" in str(error.value)
+    assert "missing of the group patch_embedding: patch_embedding.bias" in str(error.value)
+
+
 def test_an_unknown_name_is_answered_with_the_nearest(off: HeatmapWanTrainingModule) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in off.saved_tensors().items()}
     shapes["blocks.0.projectr.weight"] = shapes["blocks.0.projector.weight"]
@@ -373,7 +408,6 @@ def changed_config(config: dict[str, Any], section: str, name: str, value: Any) 
         ("train", "learning_rate", 0.5, False),
         ("model", "views", 4, False),
         ("model", "fusion", "view", False),
-        ("", "unfreeze_modulation_and_norms", True, False),
         ("", "seed", 1, False),
         ("flow", "shift", 3.0, False),
     ],
@@ -400,6 +434,24 @@ def test_the_resume_guard_looks_at_base_data_step_and_windows_per_step(off: Heat
     ):
         with pytest.raises(MvwanError, match=words):
             check_resume(saved, saved | change, "run")
+
+
+def test_a_cosine_schedule_ends_where_it_was_to_end(off: HeatmapWanTrainingModule) -> None:
+    saved = manifest_of(off) | {"step": 4}
+    saved["config"] = changed_config(saved["config"], "train", "schedule", "cosine")
+    with pytest.raises(MvwanError, match=r"train\.steps: 1000 in the checkpoint, 2000 now"):
+        check_resume(saved, saved | {"config": changed_config(saved["config"], "train", "steps", 2000)}, "run")
+
+
+def test_the_switch_changes_only_by_name(off: HeatmapWanTrainingModule) -> None:
+    saved = manifest_of(off) | {"step": 4}
+    now = saved | {"config": changed_config(saved["config"], "", "unfreeze_modulation_and_norms", True)}
+    with pytest.raises(MvwanError, match=r"unfreeze_modulation_and_norms=false, now it is true.*--accept-trainable-change"):
+        check_resume(saved, now, "run")
+    check_resume(saved, now, "run", accept_trainable_change=True)
+    now["config"] = changed_config(now["config"], "", "seed", 5)
+    with pytest.raises(MvwanError, match="seed: 0 in the checkpoint, 5 now"):
+        check_resume(saved, now, "run", accept_trainable_change=True)
 
 
 def test_a_save_that_fails_leaves_what_was_there(off: HeatmapWanTrainingModule, tmp_path: Path) -> None:

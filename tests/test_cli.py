@@ -34,7 +34,7 @@ INTERFACE = {
     "params": ["--base", "--views", "--fusion", "--lora-rank", *SWITCH, "--json", "--markdown", "--compare"],
     "record": ["--output", "--task", "--episodes", "--size-px", "--seed"],
     "cache": ["--output", *SETTINGS],
-    "train": ["--output", *SETTINGS, *SWITCH, "--resume", "--dry-run"],
+    "train": ["--output", *SETTINGS, *SWITCH, "--resume", "--accept-trainable-change", "--dry-run"],
     "sample": ["run", "--output", "--dataset", "--window", "--denoise-steps", "--seed"],
     "evaluate": ["run", "--dataset", "--windows", "--denoise-steps", "--seed", "--output"],
     "demo": ["--output", "--task", "--episodes", "--steps", "--windows", "--seed", "--fresh"],
@@ -225,6 +225,20 @@ def test_dry_run_prints_config_table_and_windows_and_writes_nothing(tmp_path: Pa
     assert re.search(r"mvs_norms\s*│ full", text)
     assert "windows: unknown, data.root is not set" in text
     assert not output.exists()
+
+
+def test_dry_run_says_how_the_checkpoint_to_start_from_fits(tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden"
+    settings = [f"base.source={golden / 'base.safetensors'}", f"train.from_checkpoint={golden / 'trained_frozen.safetensors'}"]
+    settings += ["trainable.lora.rank=4", "model.fusion=channel"]
+    command = ["train", "--output", str(tmp_path / "run"), "--dry-run", *(word for setting in settings for word in ("--set", setting))]
+    assert "trained_frozen.safetensors: exact" in run(*command).stdout
+    refused = run(*command, "--unfreeze_modulation_and_norms")
+    assert (refused.exit_code, is_one_sentence(refused.stderr)) == (2, True)
+    assert "insist with --accept-trainable-change" in refused.stderr
+    accepted = run(*command, "--unfreeze_modulation_and_norms", "--accept-trainable-change")
+    assert "trained_frozen.safetensors: older\nmodulation: 2 tensors not in the checkpoint, they keep the base's values" in accepted.stdout
+    assert not (tmp_path / "run").exists()
 
 
 def test_settings_lie_over_the_file_over_the_preset(tmp_path: Path) -> None:

@@ -24,19 +24,28 @@ torch.set_num_threads(1)  # sizes are tiny: waking threads costs more than they 
 EXACT: dict[str, Any] = {"base": {"dtype": "float32"}, "train": {"precision": "no", "steps": 3}}
 """Settings under which only the order of sums can differ."""
 
-# Two runs one after the other in the same processes: the second meets a window that is not a number.
+# Runs one after the other in the same processes: the second meets a window that is not a number; in the third, one process gets SIGTERM.
 SCRIPT = """
-import sys, torch, yaml
+import os, pathlib, signal, sys, threading, time, torch, yaml
 from mvwan.config import config_from_dict
-from mvwan.errors import MvwanError
+from mvwan.errors import MvwanError, PreemptedError
 from mvwan.train import train
+
+def stop_after_the_first_step(metrics):
+    while not metrics.is_file() or '"kind": "train"' not in metrics.read_text():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 torch.set_num_threads(1)
 for place in sys.argv[1:]:
+    if place.endswith("stopped") and os.environ["RANK"] == "1":
+        threading.Thread(target=stop_after_the_first_step, args=[pathlib.Path(place, "metrics.jsonl")], daemon=True).start()
     try:
         train(config_from_dict(yaml.safe_load(open(place + ".yaml"))), place)
     except MvwanError as error:
         print(f"refused: {error}", flush=True)
+    except PreemptedError as stop:
+        print(f"stopped: {stop}", flush=True)
 """
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
 LAUNCH += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
@@ -73,8 +82,10 @@ def test_two_processes_are_one_process_with_two_micro_batches(golden_run: dict[s
     bad_name = spoil(spoiled, tmp_path / "latents")
     (tmp_path / "spoiled.yaml").write_text(dump_yaml(spoiled))
 
+    endless = {"train": {"steps": 100_000, "evaluate_every": 0, "save_every": 100_000}}
+    (tmp_path / "stopped.yaml").write_text(dump_yaml(config_from_dict(merge(pair.to_dict(), endless))))
     flags = ["--multi_gpu", "--main_process_port", "0"]
-    done = launch(tmp_path, flags, SCRIPT, str(tmp_path / "pair"), str(tmp_path / "spoiled"))
+    done = launch(tmp_path, flags, SCRIPT, *(str(tmp_path / name) for name in ("pair", "spoiled", "stopped")))
 
     assert done.returncode == 0, done.stderr[-3000:]
     history = [json.loads(line) for line in (tmp_path / "pair" / "metrics.jsonl").read_text().splitlines()]
@@ -86,13 +97,17 @@ def test_two_processes_are_one_process_with_two_micro_batches(golden_run: dict[s
     assert left.keys() == right.keys()
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=1e-5, atol=1e-6)
-    assert read_optimizer(tmp_path / "pair" / "checkpoints" / "step-000003")[1]["optimizer_step"] == 3
+    assert set(read_optimizer(tmp_path / "pair" / "checkpoints" / "step-000003")[1]["updates"].values()) == {3}
 
-    assert done.stdout.count("MULTI-VIEW MODULE PARAMETER UNFREEZING") == 2, "one banner per run: they are for the main process"
+    assert done.stdout.count("MULTI-VIEW MODULE PARAMETER UNFREEZING") == 3, "one banner per run: they are for the main process"
     refusals = [line for line in done.stdout.splitlines() if line.startswith("refused: ")]
     assert len(refusals) == 2, "both processes stop when one has the bad window"
     assert all(f"step 1: the loss is NaN or infinite; samples: {bad_name}. " in line for line in refusals)
     assert list_checkpoints(tmp_path / "spoiled") == []
+    stops = [line for line in done.stdout.splitlines() if line.startswith("stopped: ")]
+    assert len(stops) == 2, "both processes stop when one gets SIGTERM"
+    (saved,) = list_checkpoints(tmp_path / "stopped")
+    assert all(f"stopped by SIGTERM at step {int(saved.name.removeprefix('step-'))} of 100000" in line for line in stops)
 
 
 def test_a_launch_that_starts_one_process_instead_of_two_is_refused(

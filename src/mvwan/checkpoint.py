@@ -1,14 +1,15 @@
 """Checkpoints: save, load, list, find. The only file that knows this tree:
 
     <output>/checkpoints/
-        latest                      name of the newest checkpoint folder, for people and scripts; never trusted by the code
+        latest, best                names of the newest checkpoint folder and of the one with the lowest held-out loss, for people and
+                                    scripts: a path that ends in one of them is followed; resuming looks at the folders themselves
         step-000500/                appears whole, by one rename
             trained.safetensors     the trained tensors by parameter name (`….lora_A.default.weight`), float32
             ema.safetensors         their moving average, when there is one
             optimizer.safetensors   `exp_avg/<name>` and `exp_avg_sq/<name>`
-            state.json              step and schedule; data order, sigma and noise are functions of (seed, step, sample)
-            manifest.json           base and its digest, views, fusion, groups with names, counts and digests, settings, versions,
-                                    and the SHA-256 of every file above
+            state.json              step, updates per group; schedule, data order, sigma and noise are functions of (seed, step, sample)
+            manifest.json           base and its digest, views, fusion, groups with names, counts and digests, held-out loss, settings,
+                                    versions, accepted changes of what trains, and the SHA-256 of every file above
             COMMITTED               written last: the SHA-256 of manifest.json
 
 So every byte is vouched for, and nothing is pickled. Frozen tensors that a run took over from another checkpoint (`newer`)
@@ -45,6 +46,7 @@ from mvwan.tensors import TensorFile, digest, write_tensors
 
 FORMAT_VERSION = 1
 OLDER_SYSTEM = 0
+LATEST, BEST = "latest", "best"
 TRAINED, EMA, OPTIMIZER, STATE, MANIFEST = "trained.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _VERSIONED = ("mvwan", "torch", "diffusers", "peft", "accelerate", "safetensors")
 _NEEDED = {"format_version": int, "base": dict, "views": int, "fusion": str, "groups": dict, "lora": dict, "step": int, "config": dict}
@@ -71,9 +73,11 @@ def save_checkpoint(
     state: Mapping[str, Any],
     ema: Mapping[str, torch.Tensor] | None = None,
     keep_last: int = 0,
+    keep_best: bool = False,
 ) -> Path:
-    """The new folder, whole on the disk; older ones beyond `keep_last` (0: none) are removed afterwards.
+    """The new folder, whole on the disk; older ones beyond `keep_last` (0: none) are removed afterwards, but for the best if it is kept.
 
+    The best is the one with the lowest `manifest["held_out_loss"]`, of several the first.
     `manifest["groups"]` is {group: {"mode", "names"}} and covers `tensors`; counts, dtypes, digests and versions are filled in here.
     Raises `MvwanError` when the disk does not take it; what was there stays.
     """
@@ -100,19 +104,37 @@ def save_checkpoint(
         }
         write_json(partial / MANIFEST, content)
         mark_committed(partial, sha256_file(partial / MANIFEST) + "\n")
-    tidy(output, keep_last)
+    tidy(output, keep_last, keep_best)
     return target
 
 
-def tidy(output: str | Path, keep_last: int = 0) -> None:
-    """Nothing; `latest` names the newest checkpoint and older ones beyond `keep_last` (0: none) are gone, also after a killed save."""
+def tidy(output: str | Path, keep_last: int = 0, keep_best: bool = False) -> None:
+    """Nothing; the pointers name what they should and old checkpoints are gone, as after a save that nobody killed on the way."""
     found = list_checkpoints(output)
     if not found:
         return
-    remove_leftovers(found[-1].parent)
-    write_file(found[-1].parent / "latest", found[-1].name + "\n")
+    folder = found[-1].parent
+    remove_leftovers(folder)
+    write_file(folder / LATEST, found[-1].name + "\n")
+    best = _best(output)
+    if best is not None:
+        write_file(folder / BEST, best.name + "\n")
     for old in found[:-keep_last] if keep_last else ():
-        remove_directory(old)
+        if not (keep_best and old == best):
+            remove_directory(old)
+
+
+def _best(output: str | Path) -> Path | None:
+    """The checkpoint folder with the lowest held-out loss, None when none was measured. A damaged one cannot be the best."""
+    losses: dict[Path, float] = {}
+    for path in list_checkpoints(output):
+        try:
+            loss = read_manifest(path).get("held_out_loss")
+        except MvwanError:
+            continue
+        if isinstance(loss, int | float):
+            losses[path] = loss
+    return min(losses, key=lambda path: losses[path], default=None)
 
 
 def _is_installed(name: str) -> bool:
@@ -152,9 +174,11 @@ def latest_checkpoint(output: str | Path) -> Path | None:
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint folder, or the file of the older system, that `path` means: either of them, or a run's folder (its newest).
 
-    Raises `MvwanError` when there is none.
+    `…/checkpoints/best` and `…/checkpoints/latest` mean the folder they name. Raises `MvwanError` when there is none.
     """
     path = Path(path)
+    if path.is_file() and path.name in (LATEST, BEST) and path.parent.name == "checkpoints":
+        path = path.parent / _pointed_to(path)
     if path.is_file():
         return path.parent if path.name == TRAINED and is_committed(path.parent) else path
     if not path.is_dir():
@@ -170,6 +194,13 @@ def find_checkpoint(path: str | Path) -> Path:
             f"checkpoint {path}: holds no complete checkpoint.{half} Give a run's output folder or a folder step-NNNNNN in it."
         )
     return newest
+
+
+def _pointed_to(pointer: Path) -> str:
+    name = read_text(pointer).strip()
+    if not re.fullmatch(r"step-\d{6,}", name):
+        raise MvwanError(f"checkpoint {pointer}: names no checkpoint folder. Give a folder step-NNNNNN beside it.")
+    return name
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -224,7 +255,11 @@ def read_optimizer(path: str | Path) -> tuple[TensorFile, dict[str, Any]]:
     tensors = _load_checked(folder, OPTIMIZER, manifest)
     if manifest["files"].get(STATE) != sha256_file(folder / STATE):
         raise _damaged(folder / STATE)
-    return tensors, read_json(folder / STATE)
+    state = read_json(folder / STATE)
+    updates = state.get("updates") if isinstance(state, dict) else None
+    if not isinstance(updates, dict) or not all(isinstance(count, int) and count >= 0 for count in updates.values()):
+        raise _damaged(folder / STATE, "it has no usable count of updates per group")
+    return tensors, state
 
 
 def _load_checked(folder: Path, name: str, manifest: Mapping[str, Any]) -> TensorFile:

@@ -1,8 +1,8 @@
 """The door: parses the command line, resolves the settings, calls one function, prints what it returns.
 
 Knows no model and no data. Everything heavy is imported inside the verb that needs it, so that help and a mistyped setting
-answer at once. A mistake of the user (`MvwanError`) is one sentence on stderr and exit code 2; Ctrl-C is 130; anything else keeps
-its traceback.
+answer at once. A mistake of the user (`MvwanError`) is one sentence on stderr and exit code 2; a training that SIGTERM stopped is 75,
+Ctrl-C 130; anything else keeps its traceback.
 """
 
 import json
@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from mvwan import __version__
 from mvwan.config import Config, LoraConfig, TrainableConfig, config_from_dict, dump_yaml, merge, parse_overrides, read_yaml
-from mvwan.errors import MvwanError
+from mvwan.errors import MvwanError, PreemptedError
 from mvwan.presets import PRESETS, preset
 
 SWITCH_VARIABLE = "UNFREEZE_MODULATION_AND_NORMS"
@@ -31,12 +31,15 @@ class Door(TyperGroup):
     """The verbs, in the order they are written, with the user's mistakes turned into one sentence and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
-        """What the verb returns; `typer.Exit` with code 2 for a `MvwanError`."""
+        """What the verb returns; `typer.Exit` with code 2 for a `MvwanError`, 75 for a training that SIGTERM stopped."""
         try:
             return super().invoke(ctx)
         except MvwanError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
+        except PreemptedError as stop:
+            typer.echo(f"stopped: {stop}", err=True)
+            raise typer.Exit(PreemptedError.EXIT_CODE) from None
 
 
 app = typer.Typer(
@@ -229,6 +232,13 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder, or start where there is none.")
     ] = False,
+    accept_trainable_change: Annotated[
+        bool,
+        typer.Option(
+            "--accept-trainable-change",
+            help="Go on although the checkpoint was trained with the switch set otherwise: new groups start from the base.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print settings, parameter table and number of windows; train nothing.")
     ] = False,
@@ -237,16 +247,16 @@ def train(
     config, note = resolve_config(preset_name, config_file, settings, unfreeze_modulation_and_norms, os.environ)
     _note(note)
     if dry_run:
-        _dry_run(config)
+        _dry_run(config, accept_trainable_change)
         return
     from mvwan.train import train as run_training
 
-    result = run_training(config, output, resume=resume)
+    result = run_training(config, output, resume=resume, accept_trainable_change=accept_trainable_change)
     typer.echo(f"checkpoint: {result.checkpoint}")
 
 
-def _dry_run(config: Config) -> None:
-    """Prints what `train` would do: settings as YAML, what trains, how many windows."""
+def _dry_run(config: Config, accept_trainable_change: bool) -> None:
+    """Prints what `train` would do: settings as YAML, what trains, how the checkpoint to start from fits, how many windows."""
     from mvwan.model import surgery
 
     typer.echo(dump_yaml(config))
@@ -260,6 +270,13 @@ def _dry_run(config: Config) -> None:
     )
     datasets = _datasets(config) if config.data.root else {}
     _console().print(table.render())
+    if config.train.from_checkpoint is not None:
+        from mvwan.training_module import HeatmapWanTrainingModule
+
+        start: dict[str, Any] = {"checkpoint": config.train.from_checkpoint, "accept_trainable_change": accept_trainable_change}
+        fit = HeatmapWanTrainingModule(config=config, device="meta", print_banners=False, **start).fit
+        assert fit is not None
+        typer.echo("\n".join([f"checkpoint {config.train.from_checkpoint}: {fit.outcome}", *fit.describe()]))
     counts = ", ".join(f"{len(dataset)} {split}" for split, dataset in datasets.items())
     typer.echo(f"windows: {counts or 'unknown, data.root is not set'}")
 

@@ -10,6 +10,7 @@ Knows no file: it gets tensors, shapes and manifests.
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,17 +27,19 @@ from mvwan.tensors import TensorFile
 
 MAY_CHANGE_ON_RESUME = frozenset(
     {
-        *(f"train.{name}" for name in ("steps", "save_every", "keep_last", "evaluate_every", "evaluate_windows", "log_every")),
-        *(f"train.{name}" for name in ("movement_step", "tracker", "num_workers", "batch_size", "gradient_accumulation")),
+        *(f"train.{name}" for name in ("steps", "save_every", "keep_last", "keep_best", "async_save", "log_every", "movement_step")),
+        *(f"train.{name}" for name in ("evaluate_every", "evaluate_windows", "tracker", "num_workers")),
+        *("train.batch_size", "train.gradient_accumulation"),
         *("data.root", "data.cache", "base.source", "base.codec", "model.gradient_checkpointing"),
     }
 )
 """Settings that a resumed run may change: none alters what a step computes. Data and base are compared by content, and the windows of
-a step (batch_size * gradient_accumulation * processes) as `items_per_step`."""
+a step (batch_size * gradient_accumulation * processes) as `items_per_step`. `train.steps` may not change under a cosine schedule."""
 
 
 Outcome = Literal["exact", "older", "newer", "conflict"]
-Purpose = Literal["infer", "train"]
+Purpose = Literal["infer", "train", "train changed"]
+"""What a checkpoint is loaded for; "train changed": to go on training with other groups, which the user accepted by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,7 @@ class Compatibility:
     def require(self, purpose: Purpose, path: str | Path) -> None:
         """Nothing, or `MvwanError` when this outcome does not allow `purpose`."""
         if self.outcome == "conflict":
-            problems = [f"missing of the group {group}: {_some(names)}" for group, names in self.missing.items()]
+            problems = [f"missing of the group {group}: {_some(_by_block(names))}" for group, names in self.missing.items()]
             problems += [f"unknown: {_some(self.unknown)}"] if self.unknown else []
             problems += [f"of another shape: {_some(self.reshaped)}"] if self.reshaped else []
             raise MvwanError(
@@ -74,8 +77,9 @@ class Compatibility:
             groups = " and ".join(self.missing)
             raise MvwanError(
                 f"checkpoint {path} was trained without the groups {groups}; to go on training it with them is inconsistent, since its "
-                "other weights were fitted to their frozen values. Turn unfreeze_modulation_and_norms off to go on, or start a new "
-                "training from the base with it on. (Inference with it on is fine.)"
+                "other weights were fitted to their frozen values. Turn unfreeze_modulation_and_norms off to go on, start a new training "
+                "from the base with it on, or insist with --accept-trainable-change: these groups then start from the base with fresh "
+                "optimizer state, and the manifest says so. (Inference with it on is fine.)"
             )
 
 
@@ -127,6 +131,27 @@ def _nearest(name: str, own: Mapping[str, Any]) -> str:
     return f" (nearest is {near[0]})" if near else ""
 
 
+def _by_block(names: Sequence[str]) -> list[str]:
+    """The names with the blocks that share one put together: `blocks.{0-3,7}.projector.weight`."""
+    blocks: dict[str, list[int]] = {}
+    for name in names:
+        found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        blocks.setdefault(f"blocks.*.{found[2]}" if found else name, []).append(int(found[1]) if found else 0)
+    return [
+        stem.replace("*", str(numbers[0]) if len(numbers) == 1 else f"{{{_ranges(sorted(numbers))}}}")
+        if stem.startswith("blocks.*.")
+        else stem
+        for stem, numbers in blocks.items()
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-3,7` for 0, 1, 2, 3, 7."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ",".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
+
+
 def _some(names: Sequence[str], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
@@ -151,18 +176,31 @@ _IDENTITY_WORDS = {"base": "a base of digest", "views": "model.views", "fusion":
 _IDENTITY_WORDS |= {"rank": "trainable.lora.rank", "alpha": "trainable.lora.alpha"}
 
 
-def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any], path: str | Path) -> None:
+_SWITCH = "unfreeze_modulation_and_norms"
+
+
+def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any], path: str | Path, accept_trainable_change: bool = False) -> None:
     """Nothing, or `MvwanError` that names every setting with both values when `now` would not continue the run of manifest `saved`.
 
-    Both are manifests; `now` needs `base`, `data`, `items_per_step` and `config`. See `MAY_CHANGE_ON_RESUME`.
+    Both are manifests; `now` needs `base`, `data`, `items_per_step` and `config`. See `MAY_CHANGE_ON_RESUME`; the switch may change
+    when the user accepts it by name.
     """
     before = {"base.digest": saved["base"].get("digest"), "data.fingerprint": saved.get("data", {}).get("fingerprint")}
     after = {"base.digest": now["base"]["digest"], "data.fingerprint": now["data"]["fingerprint"]}
     before["windows per step"], after["windows per step"] = saved.get("items_per_step"), now["items_per_step"]
     before |= flatten(saved["config"], ".")
     after |= flatten(now["config"], ".")
-    changed = [name for name in after if name in before and before[name] != after[name] and name not in MAY_CHANGE_ON_RESUME]
-    changed += [name for name in before if name not in after and name not in MAY_CHANGE_ON_RESUME]
+    may_change = MAY_CHANGE_ON_RESUME | ({_SWITCH} if accept_trainable_change else set())
+    if after["train.schedule"] == "cosine":  # its learning rates depend on where the run ends
+        may_change -= {"train.steps"}
+    changed = [name for name in after if name in before and before[name] != after[name] and name not in may_change]
+    changed += [name for name in before if name not in after and name not in may_change]
+    if changed == [_SWITCH]:
+        raise MvwanError(
+            f"{path} was trained with {_SWITCH}={str(before[_SWITCH]).lower()}, now it is {str(after[_SWITCH]).lower()}; to go on training "
+            "with other groups is inconsistent, since all were fitted to each other. Set it back, or insist with "
+            "--accept-trainable-change: groups that are new start from the base with fresh optimizer state, and the manifest says so."
+        )
     if changed:
         listed = "; ".join(f"{name}: {before.get(name)} in the checkpoint, {after.get(name, 'absent')} now" for name in changed)
         raise MvwanError(

@@ -214,7 +214,11 @@ class TrainConfig:
     save_every: int = 500
     """Steps between checkpoints; one is always written at the end."""
     keep_last: int = 3
-    """Checkpoints kept; 0 keeps all."""
+    """Newest checkpoints kept; 0 keeps all."""
+    keep_best: bool = True
+    """Keep the checkpoint with the lowest held-out loss beside the newest ones."""
+    async_save: bool = False
+    """Write checkpoints in the background, from a copy in memory, while training goes on."""
     evaluate_every: int = 100
     """Steps between held-out losses; 0 is never."""
     evaluate_windows: int = 16

@@ -1,4 +1,4 @@
-"""The one exception that users see, and the nearest-name hint in its messages.
+"""The exceptions that users see, and the nearest-name hint in their messages.
 
 Knows nothing of what went wrong; every room words its own message: what was given, what is allowed, what to do.
 """
@@ -9,6 +9,13 @@ from collections.abc import Iterable
 
 class MvwanError(ValueError):
     """A mistake in what the user gave. The command line prints it as one sentence and exits with code 2."""
+
+
+class PreemptedError(RuntimeError):
+    """Training was asked to stop (SIGTERM), saved and stopped; `--resume` goes on. The command line exits with `EXIT_CODE`."""
+
+    EXIT_CODE = 75
+    """EX_TEMPFAIL of sysexits.h: try again."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

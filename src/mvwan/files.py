@@ -22,7 +22,7 @@ from mvwan.errors import MvwanError
 COMMIT_MARK = "COMMITTED"
 _PARTIAL = ".partial"
 _DISK_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 }
 
@@ -42,7 +42,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     partial = _partial_name(path)
     try:
-        with _plain_words(path):
+        with plain_words(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
             _sync(partial)
@@ -64,7 +64,7 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
         raise MvwanError(f"{path}: exists already. Remove it or choose another folder.")
     partial = _partial_name(path)
     try:
-        with _plain_words(path):
+        with plain_words(path):
             partial.mkdir(parents=True)
             yield partial
             for folder, _, names in os.walk(partial):
@@ -109,14 +109,15 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _plain_words(path: Path) -> Iterator[None]:
+def plain_words(path: str | Path) -> Iterator[None]:
+    """Turns the disk's refusals in the block (full, read-only, not permitted) into a `MvwanError` that names the file, else `path`."""
     try:
         yield
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
         raise MvwanError(
-            f"{path}: cannot be written ({error.strerror}). Free some space or choose a folder that you may write to."
+            f"{error.filename or path}: cannot be written ({error.strerror}). Free some space or choose a folder that you may write to."
         ) from error
 
 

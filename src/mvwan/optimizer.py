@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mvwan.config import TrainConfig
 from mvwan.errors import MvwanError
 from mvwan.model.trainable import optimizer_groups, parameters_by_name
+from mvwan.tensors import TensorFile
 from mvwan.training_module import HeatmapWanTrainingModule
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -44,39 +45,60 @@ def learning_rate_factor(update: int, warmup_steps: int, steps: int, schedule: s
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (update - warmup_steps) / max(1, steps - warmup_steps))))
 
 
-def optimizer_tensors(optimizer: Any, module: HeatmapWanTrainingModule) -> tuple[dict[str, torch.Tensor], int]:
-    """({`exp_avg/<name>`, `exp_avg_sq/<name>`}, updates that the optimizer counted)."""
+def optimizer_tensors(optimizer: Any, module: HeatmapWanTrainingModule) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """({`exp_avg/<name>`, `exp_avg_sq/<name>`}, {group: updates that the optimizer counted})."""
     parameters = parameters_by_name(module.model)
-    entries = {name: optimizer.state[parameters[name]] for name in module.table.trainable_names}
-    updates = {int(entry["step"]) for entry in entries.values()}
-    assert len(updates) == 1, f"some tensors were updated more often than others: {updates}"
-    return {f"{moment}/{name}": entry[moment] for name, entry in entries.items() for moment in _MOMENTS}, updates.pop()
+    moments: dict[str, torch.Tensor] = {}
+    updates: dict[str, int] = {}
+    for row in module.table.trainable_rows:
+        entries = {name: optimizer.state[parameters[name]] for name in row.names}
+        counted = {int(entry["step"]) for entry in entries.values()}
+        assert len(counted) == 1, f"{row.name}: some tensors were updated more often than others: {counted}"
+        updates[row.name] = counted.pop()
+        moments |= {f"{moment}/{name}": entry[moment] for name, entry in entries.items() for moment in _MOMENTS}
+    return moments, updates
 
 
-def load_optimizer(optimizer: Any, module: HeatmapWanTrainingModule, tensors: Mapping[str, torch.Tensor], updates: int, path: Any) -> None:
-    """Nothing; `optimizer` then stands as when `optimizer_tensors` was called. `MvwanError` names `path` when its tensors are others."""
+def load_optimizer(
+    optimizer: Any,
+    module: HeatmapWanTrainingModule,
+    tensors: TensorFile,
+    updates: Mapping[str, int],
+    path: Any,
+    accept_trainable_change: bool = False,
+) -> None:
+    """Nothing; `optimizer` then stands as when `optimizer_tensors` was called. `MvwanError` names `path` when its tensors are others.
+
+    `accept_trainable_change`: groups that were not trained before start fresh, and the state of groups that are frozen now is left.
+    """
     parameters = parameters_by_name(module.model)
-    shapes = {f"{moment}/{name}": parameters[name].shape for name in module.table.trainable_names for moment in _MOMENTS}
-    wrong = sorted(name for name in shapes.keys() | tensors.keys() if name not in tensors or tensors[name].shape != shapes.get(name))
+    rows = [row for row in module.table.trainable_rows if row.name in updates or not accept_trainable_change]
+    names = {f"{moment}/{name}" for row in rows for name in row.names for moment in _MOMENTS}
+    frozen = {f"{moment}/{name}" for row in module.table.rows if not row.trainable for name in row.names for moment in _MOMENTS}
+    there = set(tensors) - (frozen if accept_trainable_change else set())
+    wrong = sorted((names ^ there) | {row.name for row in rows if row.name not in updates})
+    wrong += [name for name in sorted(names & there) if tensors.shapes[name] != parameters[name.partition("/")[2]].shape]
     if wrong:
         raise MvwanError(
             f"{path}: its optimizer state does not fit what trains: {', '.join(wrong[:3])}. Use another checkpoint of the run."
         )
-    for name in module.table.trainable_names:
-        parameter = parameters[name]
-        moments = {moment: tensors[f"{moment}/{name}"].to(parameter.device) for moment in _MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(updates)), **moments}
+    for row in rows:
+        for name in row.names:
+            parameter = parameters[name]
+            moments = {moment: tensors[f"{moment}/{name}"].to(parameter.device, copy=True) for moment in _MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(updates[row.name])), **moments}
 
 
 class MovingAverage:
     """Exponential moving average of what a checkpoint holds; nothing at all when `decay` is 0."""
 
     def __init__(self, module: HeatmapWanTrainingModule, decay: float, start: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Starts at `start` (None: the values now)."""
+        """Starts at `start`, or at the values now where that has none."""
         self.module = module
         self.decay = decay
         now = module.saved_tensors() if decay else {}
-        self.tensors = {name: (tensor if start is None else start[name].to(tensor.device)).clone() for name, tensor in now.items()}
+        start = start or {}
+        self.tensors = {name: start.get(name, tensor).to(tensor.device, copy=True) for name, tensor in now.items()}
 
     @torch.no_grad()
     def update(self) -> None:

@@ -15,10 +15,13 @@ from mvwan.errors import MvwanError
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Nothing; the file `path` holds the tensors. Raises `MvwanError` when the disk does not take them."""
+    """Nothing; the file `path` holds the tensors. Raises `MvwanError` when the disk does not take them.
+
+    Equal tensors give equal bytes as long as `metadata` has one entry: safetensors writes several in any order.
+    """
     content = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(content, path, metadata={"format": "pt", **(metadata or {})})
+        save_file(content, path, metadata=dict(metadata or {"format": "pt"}))
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it private; like any new file instead
     except (SafetensorError, OSError) as error:
         raise MvwanError(f"{path}: cannot be written ({error}). Free some space or choose another folder.") from None

@@ -18,12 +18,16 @@ import atexit
 import importlib.util
 import math
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -40,23 +44,21 @@ from accelerate.utils import (
 from rich.console import Console
 from rich.table import Table
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mvwan import checkpoint, flow, pictures
+from mvwan import checkpoint, flow, pictures, train_data
 from mvwan.batch import Batch
+from mvwan.checkpoint_writer import CheckpointWriter
 from mvwan.compatibility import check_resume
 from mvwan.config import Config, TrainConfig, dump_yaml
-from mvwan.data.dataset import WindowDataset, global_indices, heat_video, read_episodes
-from mvwan.errors import MvwanError
-from mvwan.files import flatten, json_line, read_json, read_json_lines, remove_leftovers, write_file, write_json
-from mvwan.heatmaps import render
-from mvwan.latent_cache import LatentCache, build_cache, is_complete
-from mvwan.model.latents import LatentCodec, codec_digest
+from mvwan.data.dataset import WindowDataset, read_episodes
+from mvwan.errors import MvwanError, PreemptedError
+from mvwan.files import flatten, json_line, plain_words, read_json, read_json_lines, remove_leftovers, write_file, write_json
+from mvwan.latent_cache import LatentCache
 from mvwan.model.movement import MINIMUM_STEPS, MovementProof, MovementReport, gradient_norms
 from mvwan.model.trainable import verify_trainable
-from mvwan.model.wan import base_digest
 from mvwan.optimizer import MovingAverage, load_optimizer, make_optimizer, make_schedule, optimizer_tensors
+from mvwan.run_manifest import run_manifest, trainable_changes
 from mvwan.training_module import HeatmapWanTrainingModule
 
 HELD_OUT_STEP = -1
@@ -106,24 +108,37 @@ class State:
     first_step: int = 0
     """`step` when this process started."""
     average: MovingAverage
+    writer: CheckpointWriter
     history: list[dict[str, Any]] = field(default_factory=list)
+    stop_asked: bool = False
+    """This process got SIGTERM."""
+    stopping: bool = False
+    """Some process did, and all know: save and stop after this step."""
 
 
-def train(config: Config, output: str | Path, resume: bool = False) -> TrainResult:
+def train(config: Config, output: str | Path, resume: bool = False, accept_trainable_change: bool = False) -> TrainResult:
     """What the run left behind, after training `config.train.steps` steps into the folder `output`.
 
-    `resume` goes on from the newest checkpoint there, and starts where there is none. Raises `MvwanError` before anything is
-    written when the settings, the data, the checkpoint or the folder do not fit, and during training when a loss or gradient is
-    not finite or the movement proof fails.
+    `resume` goes on from the newest checkpoint there, and starts where there is none. `accept_trainable_change` lets it go on with
+    the switch set otherwise than before: groups that are new start from the base with fresh optimizer state, and the manifest says
+    so. Raises `MvwanError` before anything is written when the settings, the data, the checkpoint or the folder do not fit, and
+    during training when a loss or gradient is not finite, the movement proof fails or the disk takes no more. Raises `PreemptedError`
+    after SIGTERM, with the state saved.
     """
     output = Path(output)
+    with plain_words(output):
+        return _train(config, output, resume, accept_trainable_change)
+
+
+def _train(config: Config, output: Path, resume: bool, accept_trainable_change: bool) -> TrainResult:
     found = checkpoint.latest_checkpoint(output)
     if found is not None and not resume:
         raise MvwanError(f"{output}: holds a run at {found.name}. Use --resume to go on with it, or another output folder.")
     accelerator = _accelerator(config, output)
     try:
-        state = _build(config, output, accelerator, found)
-        loop(state)
+        state = _build(config, output, accelerator, found, accept_trainable_change)
+        with _sigterm_stops(state):
+            loop(state)
         accelerator.wait_for_everyone()
         return _result(state)
     finally:
@@ -135,11 +150,28 @@ def train(config: Config, output: str | Path, resume: bool = False) -> TrainResu
         GradientState._reset_state()
 
 
+@contextmanager
+def _sigterm_stops(state: State) -> Iterator[None]:
+    """SIGTERM in this block, sent by a cluster that takes the machine back, ends training after the present step, with all saved."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        state.stop_asked = True
+
+    if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread alone
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 # ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def loop(state: State) -> None:
-    """Trains to `config.train.steps`. Order: fetch -> step (loss, backward, update) -> prove -> log -> save -> evaluate."""
+    """Trains to `config.train.steps`. Order: fetch -> step (loss, backward, update) -> prove -> log -> evaluate -> save."""
     config, accelerator = state.config.train, state.accelerator
     _evaluate_if_due(state)
     redraw_s = 0.1 if sys.stderr.isatty() else 10
@@ -153,11 +185,16 @@ def loop(state: State) -> None:
             _prove_if_due(state, info["gradient_norms"])
             if state.step % config.log_every == 0 or state.step == config.steps:
                 _log(state, {"kind": "train", "step": state.step, **info})
-            if state.step % config.save_every == 0 or state.step == config.steps:
-                save(state)
             _evaluate_if_due(state)
+            if state.step % config.save_every == 0 or state.step == config.steps or state.stopping:
+                save(state)
             bar.set_postfix(loss=f"{info['loss']:.4f}", refresh=False)
             bar.update()
+            if state.stopping:
+                break
+    state.writer.wait()
+    if state.stopping and state.step < config.steps:
+        raise PreemptedError(f"{state.output}: stopped by SIGTERM at step {state.step} of {config.steps}, which is saved; --resume goes on")
 
 
 def train_step(state: State, batches: Sequence[Batch]) -> dict[str, Any]:
@@ -166,7 +203,7 @@ def train_step(state: State, batches: Sequence[Batch]) -> dict[str, Any]:
     sums, broken = _accumulate_gradients(state, batches, counts)
     norms = gradient_norms(state.own.model, state.own.table)
     norm = _clip(state)
-    _stop_unless_finite(state, broken, norm, batches)
+    _agree_to_go_on(state, broken, norm, batches)
     rates = {group["group"]: group["lr"] for group in state.optimizer.param_groups}
     state.optimizer.step()
     state.schedule.step()
@@ -216,11 +253,16 @@ def _over_processes(accelerator: Accelerator, values: torch.Tensor) -> list[floa
     return total.tolist()
 
 
-def _stop_unless_finite(state: State, broken: list[str], norm: float, batches: Sequence[Batch]) -> None:
-    """Nothing, or `MvwanError` on every process when a loss or gradient of any of them is NaN or infinite. Called before the update."""
+def _agree_to_go_on(state: State, broken: list[str], norm: float, batches: Sequence[Batch]) -> None:
+    """Nothing, or `MvwanError` on every process when a loss or gradient of any of them is NaN or infinite. Called before the update.
+
+    After it all processes know whether one of them was asked to stop.
+    """
     accelerator = state.accelerator
-    at_fault = torch.tensor([bool(broken) or not math.isfinite(norm)], device=accelerator.device)
-    if not any(_over_processes(accelerator, at_fault.int())):
+    mine = torch.tensor([bool(broken) or not math.isfinite(norm), state.stop_asked], device=accelerator.device)
+    at_fault, stops = _over_processes(accelerator, mine.int())
+    state.stopping = bool(stops)
+    if not at_fault:
         return
     losses = gather_object(broken)
     names = losses or gather_object([name for batch in batches for name in batch.sample_ids])
@@ -247,25 +289,28 @@ def _prove_if_due(state: State, norms: Mapping[str, float]) -> None:
 def _log(state: State, line: dict[str, Any]) -> None:
     state.history.append(line)
     if state.accelerator.is_main_process:
-        with open(state.output / "metrics.jsonl", "a", encoding="utf-8") as file:
+        path = state.output / "metrics.jsonl"
+        with plain_words(path), open(path, "a", encoding="utf-8") as file:
             file.write(json_line(line))
     numbers = {name: value for name, value in line.items() if name not in ("kind", "step")}
     state.accelerator.log(flatten({line["kind"]: numbers}, "/"), step=line["step"])
 
 
 def save(state: State) -> None:
-    """Nothing; the checkpoint of this step is on the disk, whole. Trained tensors are the same on every process; the main one writes."""
+    """Nothing; the checkpoint of this step is on the disk, whole, or being written in the background (`train.async_save`).
+
+    Trained tensors are the same on every process; the main one writes.
+    """
     if state.accelerator.is_main_process:
         moments, updates = optimizer_tensors(state.optimizer, state.own)
-        checkpoint.save_checkpoint(
-            state.output,
+        measured = [line["loss"] for line in state.history if line["kind"] == "held_out" and line["step"] == state.step]
+        state.writer.save(
             state.step,
             state.own.saved_tensors(),
-            state.manifest,
+            {**state.manifest, "held_out_loss": measured[-1] if measured else None},
             moments,
-            {"optimizer_step": updates, "random": "data order, sigma and noise are functions of (seed, step, sample id)"},
+            {"updates": updates, "random": "data order, sigma and noise are functions of (seed, step, sample id)"},
             ema=state.average.tensors or None,
-            keep_last=state.config.train.keep_last,
         )
     state.accelerator.wait_for_everyone()
 
@@ -282,6 +327,12 @@ def _evaluate_if_due(state: State) -> None:
     bands = {name: _held_out_loss(state, (low + high) / 2, mine) for low, high, name in flow.sigma_bands()}
     means = {name: sum(band[name] for band in bands.values()) / len(bands) for name in ("loss", "rgb_loss", "heat_loss")}
     line = {"kind": "held_out", "step": state.step, **means, "bands": bands, "windows": len(chosen)}
+    if not math.isfinite(means["loss"]):
+        at = ", ".join(f"sigma {name}" for name, band in bands.items() if not math.isfinite(band["loss"]))
+        raise MvwanError(
+            f"step {state.step}: the held-out loss is NaN or infinite at {at}; the model is no longer sound. Go on from an earlier "
+            "checkpoint with a lower train.learning_rate, or look at the held-out windows in the data."
+        )
     _log(state, {**line, "seconds": time.perf_counter() - start})
 
 
@@ -336,30 +387,34 @@ def _accelerator(config: Config, output: Path) -> Accelerator:
     return accelerator
 
 
-def _build(config: Config, output: Path, accelerator: Accelerator, found: Path | None) -> State:
+def _build(config: Config, output: Path, accelerator: Accelerator, found: Path | None, accept_trainable_change: bool) -> State:
     """The state before the first step of this process. Every check comes before the first byte is written."""
     episodes = read_episodes(config.data.root, config.data.cameras)
     training, held_out = (WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation"))
     HeatmapWanTrainingModule(config=config, device="meta", print_banners=False)  # do the groups fit the base?
-    manifest = _manifest(config, accelerator.num_processes, training.fingerprint)
+    manifest = run_manifest(config, accelerator.num_processes, training.fingerprint)
     step = 0
     if found is not None:
         saved = checkpoint.read_manifest(found)
-        check_resume(saved, manifest, found)
+        check_resume(saved, manifest, found, accept_trainable_change)
         step = saved["step"]
-    start_from = found or config.train.from_checkpoint
-    if start_from is not None:
-        HeatmapWanTrainingModule(config=config, checkpoint=start_from, device="meta", print_banners=False)  # does it fit the groups?
-    caches = _latents(config, output, accelerator, training, held_out)
+        manifest["trainable_changes"] = saved.get("trainable_changes", [])
+    start: dict[str, Any] = {"checkpoint": found or config.train.from_checkpoint, "accept_trainable_change": accept_trainable_change}
+    if start["checkpoint"] is not None:
+        HeatmapWanTrainingModule(config=config, device="meta", print_banners=False, **start)  # does it fit the groups?
+    caches = train_data.latent_caches(
+        config, output, training, held_out, accelerator.device, accelerator.is_main_process, accelerator.wait_for_everyone
+    )
 
-    own = HeatmapWanTrainingModule(config=config, checkpoint=start_from, print_banners=accelerator.is_main_process)
+    own = HeatmapWanTrainingModule(config=config, print_banners=accelerator.is_main_process, **start)
+    manifest["trainable_changes"] += trainable_changes(own, start["checkpoint"], step)
     optimizer = make_optimizer(own, config.train)
     module, prepared = accelerator.prepare(own, optimizer)
     verify_trainable(own.model, own.table, prepared)
     averaged = None
     if found is not None:
         moments, progress = checkpoint.read_optimizer(found)
-        load_optimizer(optimizer, own, moments, progress["optimizer_step"], found)
+        load_optimizer(optimizer, own, moments, progress["updates"], found, accept_trainable_change)
         averaged = checkpoint.load_trained(found, ema=True).tensors if config.train.ema_decay else None
     state = State(
         config=config,
@@ -369,7 +424,7 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
         own=own,
         optimizer=prepared,
         schedule=make_schedule(optimizer, config.train, step),
-        windows=_windows(config, caches[0], accelerator, step),
+        windows=train_data.micro_batches(config, caches[0], accelerator.num_processes, accelerator.process_index, step),
         held_out=caches[1],
         manifest=manifest | {"groups": own.saved_groups()},
         proof=None,
@@ -377,6 +432,7 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
         step=step,
         first_step=step,
         average=MovingAverage(own, config.train.ema_decay, averaged),
+        writer=CheckpointWriter(output, config.train.keep_last, config.train.keep_best, config.train.async_save),
         history=[line for line in read_json_lines(output / "metrics.jsonl") if line["step"] <= step] if found else [],
     )
     # At the very end of a cosine, where a run may be resumed, steps are too small to tell from standing still.
@@ -391,67 +447,18 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
     return state
 
 
-def _manifest(config: Config, num_processes: int, fingerprint: str) -> dict[str, Any]:
-    """What a checkpoint says of its run, all but the groups."""
-    base, lora = config.base, config.trainable.lora
-    return {
-        "base": {"id": base.source, "digest": base_digest(base.source, base.random_weights, config.seed)},
-        "views": config.model.views,
-        "fusion": config.model.fusion,
-        "heads": ["rgb", "heatmap"],
-        "unfreeze_modulation_and_norms": config.unfreeze_modulation_and_norms,
-        "lora": {"rank": lora.rank, "alpha": float(lora.rank if lora.alpha is None else lora.alpha)},
-        "seed": config.seed,
-        "items_per_step": config.train.batch_size * config.train.gradient_accumulation * num_processes,
-        "data": {"root": config.data.root, "fingerprint": fingerprint},
-        "config": config.to_dict(),
-    }
-
-
-def _latents(
-    config: Config, output: Path, accelerator: Accelerator, training: WindowDataset, held_out: WindowDataset
-) -> tuple[LatentCache, LatentCache | None]:
-    """The latent caches of both splits. The main process encodes what is missing; VAE and text encoder are gone before the model comes."""
-    folder = Path(config.data.cache or output / "latents")
-    splits = [training, held_out] if len(held_out) else [training]
-    sigma_px, source = config.data.heatmap_sigma_px, config.base.codec or config.base.source
-    digest = codec_digest(source, config.data.text_tokens)
-    if accelerator.is_main_process and not all(is_complete(folder, split, digest, sigma_px) for split in splits):
-        codec = LatentCodec.load(source, config.data.text_tokens, accelerator.device)
-        for split in splits:
-            build_cache(split, codec, folder, sigma_px)
-        del codec
-    accelerator.wait_for_everyone()
-    caches = [LatentCache.open(folder, split, digest, sigma_px) for split in splits]
-    return caches[0], caches[1] if len(caches) > 1 else None
-
-
-def _windows(config: Config, cache: LatentCache, accelerator: Accelerator, first_step: int) -> Iterator[Batch]:
-    """This process's micro-batches from `first_step` to the end."""
-    items = _items(config.train, config.seed, len(cache), accelerator.num_processes, accelerator.process_index, first_step)
-    numbers: Any = range(len(cache))  # the loader deals in item numbers; the cache makes a batch of them, in a worker if there is one
-    return iter(DataLoader(numbers, batch_sampler=items, num_workers=config.train.num_workers, collate_fn=cache.batch))
-
-
-def _items(train: TrainConfig, seed: int, num_items: int, num_processes: int, process: int, first_step: int) -> Iterable[list[int]]:
-    """Item numbers of each micro-batch of one process. The windows of a step are the same however processes and micro-batches cut it."""
-    for step in range(first_step, train.steps):
-        shape = (train.gradient_accumulation, num_processes, train.batch_size)
-        yield from global_indices(seed, step, math.prod(shape), num_items).reshape(shape)[:, process].tolist()
-
-
 def _introduce(state: State, training: WindowDataset) -> None:
     """Writes what a run is known by, and shows what trains."""
     config, output = state.config, state.output
-    checkpoint.tidy(output, config.train.keep_last)  # a killed save may have stopped before its pointer
+    checkpoint.tidy(output, config.train.keep_last, config.train.keep_best)  # a killed save may have stopped before its pointer
     for folder in (output, *(output / "latents").glob("*/")):
         remove_leftovers(folder)
     write_file(output / "config.yaml", dump_yaml(config))
     write_json(output / "table.json", state.own.table.to_json(config.base.source, config.model.views, config.model.fusion))
     write_file(output / "metrics.jsonl", "".join(json_line(line) for line in state.history))
     if state.first_step == 0:
-        items = global_indices(config.seed, 0, state.manifest["items_per_step"], len(training) * training.num_variants)
-        write_file(output / "first_batch.png", pictures.png(_first_batch(training, items.tolist(), config.data.heatmap_sigma_px)))
+        first = train_data.first_windows(training, config, state.manifest["items_per_step"])
+        write_file(output / "first_batch.png", pictures.png(first))
     _show(state.own.table.render())
     for line in state.own.fit.describe() if state.own.fit else ():
         print(f"checkpoint: {line}")
@@ -462,18 +469,6 @@ def _introduce(state: State, training: WindowDataset) -> None:
 def _show(table: Table) -> None:
     """Prints a table; it keeps its columns where the output is no terminal."""
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def _first_batch(training: WindowDataset, items: Sequence[int], sigma_px: float, at_most: int = 4) -> np.ndarray:
-    """[H W 3] uint8: a row per window and view, frames from left to right, the heatmap in its colours laid over each picture."""
-    rows = []
-    for item in items[:at_most]:
-        sample = training.sample(*divmod(item, training.num_variants))
-        height_px, width_px = sample.rgb.shape[2:4]
-        share = 0.8 * render(sample.uv_px, sample.visible, height_px, width_px, sigma_px)[..., None]
-        blend = (sample.rgb * (1 - share) + heat_video(sample, sigma_px) * share).round().astype(np.uint8)
-        rows.append(blend[:, list(pictures.columns_shown(blend.shape[1]))])
-    return pictures.grid(np.concatenate(rows))
 
 
 def _result(state: State) -> TrainResult:

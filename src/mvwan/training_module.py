@@ -28,7 +28,8 @@ class HeatmapWanTrainingModule(nn.Module):
     """The adapted model and what trains in it.
 
     Settings come from the keywords, or all of them from `config`. `checkpoint` (a run, a checkpoint folder, a file of the older
-    system) gives the trained tensors to start from. `device` "meta" counts without weights. Raises `MvwanError` for settings that
+    system) gives the trained tensors to start from; one that lacks groups which train now is refused, unless
+    `accept_trainable_change`: these then start from the base. `device` "meta" counts without weights. Raises `MvwanError` for settings that
     do not fit the base, and for a checkpoint that must not be trained on.
     """
 
@@ -43,6 +44,7 @@ class HeatmapWanTrainingModule(nn.Module):
         unfreeze_modulation_and_norms: bool = False,
         config: Config | None = None,
         checkpoint: str | Path | None = None,
+        accept_trainable_change: bool = False,
         device: str | torch.device = "cpu",
         print_banners: bool = True,
     ) -> None:
@@ -61,7 +63,7 @@ class HeatmapWanTrainingModule(nn.Module):
             )
         self.config = config
         self.print_banners = print_banners and int(os.environ.get("RANK", "0")) == 0
-        self.model, self.report = self._load(checkpoint, device)
+        self.model, self.report = self._load(checkpoint, accept_trainable_change, device)
         self.table, self.groups = self.report.table, self.report.groups
         if config.model.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
@@ -69,7 +71,9 @@ class HeatmapWanTrainingModule(nn.Module):
         if self.print_banners:
             print(modulation_banner(self.table) + multiview_banner(self.table))
 
-    def _load(self, checkpoint: str | Path | None, device: str | torch.device) -> tuple[MultiViewWan, LoadReport]:
+    def _load(
+        self, checkpoint: str | Path | None, accept_trainable_change: bool, device: str | torch.device
+    ) -> tuple[MultiViewWan, LoadReport]:
         base, model = self.config.base, self.config.model
         loaded, report = load_model(
             base.source,
@@ -83,7 +87,7 @@ class HeatmapWanTrainingModule(nn.Module):
             device=device,
             random_weights=base.random_weights,
             seed=self.config.seed,
-            purpose="train",
+            purpose="train changed" if accept_trainable_change else "train",
         )
         if checkpoint is not None and report.manifest is not None:
             lora = self.config.trainable.lora

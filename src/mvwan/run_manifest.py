@@ -1,0 +1,36 @@
+"""What the checkpoints of a run say of it, all but its groups and its steps. Knows no file and no tensor."""
+
+from pathlib import Path
+from typing import Any
+
+from mvwan.config import Config
+from mvwan.model.wan import base_digest
+from mvwan.training_module import HeatmapWanTrainingModule
+
+
+def run_manifest(config: Config, num_processes: int, fingerprint: str) -> dict[str, Any]:
+    """Base, views, fusion, switch, LoRA, data and settings; of the data it is the content that counts, not where it lies."""
+    base, lora = config.base, config.trainable.lora
+    return {
+        "base": {"id": base.source, "digest": base_digest(base.source, base.random_weights, config.seed)},
+        "views": config.model.views,
+        "fusion": config.model.fusion,
+        "heads": ["rgb", "heatmap"],
+        "unfreeze_modulation_and_norms": config.unfreeze_modulation_and_norms,
+        "lora": {"rank": lora.rank, "alpha": float(lora.rank if lora.alpha is None else lora.alpha)},
+        "seed": config.seed,
+        "items_per_step": config.train.batch_size * config.train.gradient_accumulation * num_processes,
+        "data": {"root": config.data.root, "fingerprint": fingerprint},
+        "trainable_changes": [],
+        "config": config.to_dict(),
+    }
+
+
+def trainable_changes(own: HeatmapWanTrainingModule, start_from: str | Path | None, step: int) -> list[dict[str, Any]]:
+    """What trains otherwise than in the checkpoint that the run starts from: one entry, or none when nothing does."""
+    if own.fit is None or own.report.manifest is None:
+        return []
+    before = own.report.manifest["groups"]
+    added = {group: len(names) for group, names in own.fit.missing.items()}
+    frozen = {group: len(names) for group, names in own.fit.extra.items() if before.get(group, {}).get("mode") != "frozen"}
+    return [{"from": Path(str(start_from)).name, "at_step": step, "added": added, "frozen": frozen}] if added or frozen else []

@@ -1,0 +1,92 @@
+"""What the trainer reads: the latent caches of both splits, this process's micro-batches in order, a picture of the first windows.
+
+Knows no model, no loss and no step but its number.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from mvwan import pictures
+from mvwan.batch import Batch
+from mvwan.config import Config, TrainConfig
+from mvwan.data.dataset import WindowDataset, global_indices, heat_video
+from mvwan.errors import MvwanError
+from mvwan.heatmaps import render
+from mvwan.latent_cache import LatentCache, build_cache, is_complete
+from mvwan.model.latents import LatentCodec, codec_digest
+
+
+def latent_caches(
+    config: Config,
+    output: Path,
+    training: WindowDataset,
+    held_out: WindowDataset,
+    device: torch.device,
+    is_main: bool,
+    wait_for_everyone: Callable[[], None],
+) -> tuple[LatentCache, LatentCache | None]:
+    """The latent caches of both splits (None: nothing is held out), complete.
+
+    The main process encodes what is missing or damaged; VAE and text encoder are gone before the model comes.
+    """
+    folder = Path(config.data.cache or output / "latents")
+    splits = [training, held_out] if len(held_out) else [training]
+    sigma_px, source = config.data.heatmap_sigma_px, config.base.codec or config.base.source
+    digest = codec_digest(source, config.data.text_tokens)
+    if is_main and not all(is_complete(folder, split, digest, sigma_px) for split in splits):
+        codec = LatentCodec.load(source, config.data.text_tokens, device)
+        for split in splits:
+            build_cache(split, codec, folder, sigma_px)
+        del codec
+    wait_for_everyone()
+    caches = [LatentCache.open(folder, split, digest, sigma_px) for split in splits]
+    return caches[0], caches[1] if len(caches) > 1 else None
+
+
+def micro_batches(config: Config, cache: LatentCache, num_processes: int, process: int, first_step: int) -> Iterator[Batch]:
+    """The micro-batches of one process from `first_step` to the end. Raises the `MvwanError` of an entry that cannot be read."""
+    items = _items(config.train, config.seed, len(cache), num_processes, process, first_step)
+    numbers: Any = range(len(cache))  # the loader deals in item numbers; the cache makes a batch of them, in a worker if there is one
+    for batch in DataLoader(numbers, batch_sampler=items, num_workers=config.train.num_workers, collate_fn=_BatchOrError(cache)):
+        if isinstance(batch, MvwanError):
+            raise batch
+        yield batch
+
+
+class _BatchOrError:
+    """Makes a batch of item numbers. An error is returned: raised in a worker, torch would wrap it into a traceback."""
+
+    def __init__(self, cache: LatentCache) -> None:
+        self._cache = cache
+
+    def __call__(self, items: Sequence[int]) -> Batch | MvwanError:
+        try:
+            return self._cache.batch(items)
+        except MvwanError as error:
+            return error
+
+
+def _items(train: TrainConfig, seed: int, num_items: int, num_processes: int, process: int, first_step: int) -> Iterable[list[int]]:
+    """Item numbers of each micro-batch of one process. The windows of a step are the same however processes and micro-batches cut it."""
+    for step in range(first_step, train.steps):
+        shape = (train.gradient_accumulation, num_processes, train.batch_size)
+        yield from global_indices(seed, step, math.prod(shape), num_items).reshape(shape)[:, process].tolist()
+
+
+def first_windows(training: WindowDataset, config: Config, items_per_step: int, at_most: int = 4) -> np.ndarray:
+    """[H W 3] uint8: the windows of the first step, a row per window and view, frames from left to right, heatmaps laid over them."""
+    rows = []
+    for item in global_indices(config.seed, 0, items_per_step, len(training) * training.num_variants).tolist()[:at_most]:
+        sample = training.sample(*divmod(item, training.num_variants))
+        height_px, width_px = sample.rgb.shape[2:4]
+        sigma_px = config.data.heatmap_sigma_px
+        share = 0.8 * render(sample.uv_px, sample.visible, height_px, width_px, sigma_px)[..., None]
+        blend = (sample.rgb * (1 - share) + heat_video(sample, sigma_px) * share).round().astype(np.uint8)
+        rows.append(blend[:, list(pictures.columns_shown(blend.shape[1]))])
+    return pictures.grid(np.concatenate(rows))
