@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 from rich.table import Table
 
-from mvwan.config import config_from_dict, field_names, merge, parse_overrides
+from mvwan.config import config_from_dict, merge, parse_overrides
 from mvwan.errors import MvwanError
 from mvwan.files import write_json
 from tests.kill_and_resume import Report, kill_and_resume
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
 def _soak(options: argparse.Namespace) -> int:
     overrides = parse_overrides(options.set)
     arms = {"at once": (options.kills, overrides)}
-    if "train.async_save" in field_names() and "async_save" not in overrides.get("train", {}):
+    if "async_save" not in overrides.get("train", {}):
         half = options.kills // 2
         arms = {"at once": (options.kills - half, overrides), "in the background": (half, merge(overrides, _BACKGROUND))}
     reports = {}

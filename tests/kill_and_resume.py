@@ -319,7 +319,7 @@ class KillAndResume:
         return self._output.exists()
 
     def _mode(self) -> str:
-        if not list_checkpoints(self._output) and self._draw.random() < 0.4:
+        if not self._output.exists() and self._draw.random() < 0.4:
             return "cache"
         return str(self._draw.choice(MODES[:-1], p=[0.4, 0.25, 0.1, 0.1, 0.15]))
 
