@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench lock clean
+.PHONY: help setup demo test soak lint bench lock clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -28,6 +28,9 @@ demo: $(INSTALLED) ## record demonstrations, fine-tune with the switch off and o
 
 test: $(INSTALLED) ## every test
 	@$(BIN)/python -m pytest
+
+soak: $(INSTALLED) ## kill training 200 times and compare what resumes with a run that nobody disturbed; some ten minutes
+	$(BIN)/python scripts/soak.py
 
 lint: $(INSTALLED) ## ruff (rules and format), pyright, shellcheck
 	$(BIN)/ruff check .

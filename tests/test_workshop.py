@@ -69,7 +69,7 @@ def test_what_is_imported_is_declared_and_the_reverse() -> None:
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 imported |= {module.split(".")[0] for module in modules}
-    outside = imported - sys.stdlib_module_names - {"mvwan"} - {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    outside = imported - sys.stdlib_module_names - {"mvwan", "tests"} - {path.stem for path in (ROOT / "scripts").glob("*.py")}
     needed = {canonicalize_name(distributions[module][0]) for module in outside}
     declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["sim"]}
     assert needed <= declared, "imported, not declared"
@@ -88,7 +88,7 @@ def test_shell_files_are_clean(path: Path) -> None:
     assert path.name == "launch_training.sh" or os.access(path, os.X_OK), "sourced files aside, each can be run"
 
 
-@pytest.mark.parametrize("target", ["setup", "demo", "test", "lint", "bench", "lock", "clean"])
+@pytest.mark.parametrize("target", ["setup", "demo", "test", "soak", "lint", "bench", "lock", "clean"])
 def test_make_lists_and_knows_its_targets(target: str) -> None:
     listed = subprocess.run(["make", "--no-print-directory"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert re.search(rf"^make {target}\s+\S", listed, re.MULTILINE)

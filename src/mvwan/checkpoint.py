@@ -104,15 +104,24 @@ def save_checkpoint(
         }
         write_json(partial / MANIFEST, content)
         mark_committed(partial, sha256_file(partial / MANIFEST) + "\n")
-    write_file(folder / LATEST, target.name + "\n")
+    tidy(output, keep_last, keep_best)
+    return target
+
+
+def tidy(output: str | Path, keep_last: int = 0, keep_best: bool = False) -> None:
+    """Nothing; the pointers name what they should and old checkpoints are gone, as after a save that nobody killed on the way."""
+    found = list_checkpoints(output)
+    if not found:
+        return
+    folder = found[-1].parent
+    remove_leftovers(folder)
+    write_file(folder / LATEST, found[-1].name + "\n")
     best = _best(output)
     if best is not None:
         write_file(folder / BEST, best.name + "\n")
-    if keep_last:
-        for old in list_checkpoints(output)[:-keep_last]:
-            if not (keep_best and old == best):
-                remove_directory(old)
-    return target
+    for old in found[:-keep_last] if keep_last else ():
+        if not (keep_best and old == best):
+            remove_directory(old)
 
 
 def _best(output: str | Path) -> Path | None:

@@ -53,7 +53,7 @@ from mvwan.compatibility import check_resume
 from mvwan.config import Config, TrainConfig, dump_yaml
 from mvwan.data.dataset import WindowDataset, read_episodes
 from mvwan.errors import MvwanError, PreemptedError
-from mvwan.files import flatten, json_line, plain_words, read_json, read_json_lines, write_file, write_json
+from mvwan.files import flatten, json_line, plain_words, read_json, read_json_lines, remove_leftovers, write_file, write_json
 from mvwan.latent_cache import LatentCache
 from mvwan.model.movement import MINIMUM_STEPS, MovementProof, MovementReport, gradient_norms
 from mvwan.model.trainable import verify_trainable
@@ -450,6 +450,9 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
 def _introduce(state: State, training: WindowDataset) -> None:
     """Writes what a run is known by, and shows what trains."""
     config, output = state.config, state.output
+    checkpoint.tidy(output, config.train.keep_last, config.train.keep_best)  # a killed save may have stopped before its pointer
+    for folder in (output, *(output / "latents").glob("*/")):
+        remove_leftovers(folder)
     write_file(output / "config.yaml", dump_yaml(config))
     write_json(output / "table.json", state.own.table.to_json(config.base.source, config.model.views, config.model.fusion))
     write_file(output / "metrics.jsonl", "".join(json_line(line) for line in state.history))
