@@ -35,7 +35,7 @@ _REMEDIES = {
     "FSDP_ACTIVATION_CHECKPOINTING": "Set model.gradient_checkpointing=true, which does the same under every strategy.",
 }
 _UNSUPPORTED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed updates inside of backward, before a loss that is not finite could stop it",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed as accelerate drives it updates inside of backward, before a NaN could stop it",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM needs models of its own",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor and context parallelism would have to split the model's layers",
 }
