@@ -17,14 +17,14 @@ PACKAGE = ROOT / "src" / "mvwan"
 # A half is a step on the landing of its floor: what files of the same floor stand on, or what stands on them.
 FLOORS: dict[float, tuple[str, ...]] = {
     -1: ("errors",),
-    0: ("cameras", "files", "shapes", "tensors"),
+    0: ("cameras", "files", "sharding", "shapes", "tensors"),
     1: ("batch", "config", "heatmaps", "metrics", "model.native_names", "model.trainable_table", "pictures", "report_figures"),
     1.5: ("data.episode", "flow"),
     2: ("data.lerobot", "data.transforms", "model.trainable", "model.wan", "presets", "report_frames", "trajectory"),
     3: ("checkpoint", "compatibility", "data.dataset", "model.latents", "model.movement", "model.multiview_wan"),
     4: ("checkpoint_writer", "latent_cache", "model.surgery"),
     5: ("checkpoint_compare", "checkpoint_export", "sample", "sim.metaworld", "train_data", "training_module"),
-    6: ("evaluate", "optimizer", "run_manifest"),
+    6: ("evaluate", "optimizer", "run_manifest", "strategy"),
     6.5: ("run_record",),
     7: ("report", "train"),
     8: ("bench", "cli_checkpoint", "demo"),
@@ -35,7 +35,7 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 # A heavy library enters by one door.
 DOORS: dict[str, tuple[str, ...]] = {
-    "accelerate": ("train",),
+    "accelerate": ("strategy", "train"),
     "diffusers": ("model.wan",),
     "gymnasium": ("sim.metaworld",),
     "metaworld": ("sim.metaworld",),

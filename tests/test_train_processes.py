@@ -43,9 +43,10 @@ for place in sys.argv[1:]:
     try:
         train(config_from_dict(yaml.safe_load(open(place + ".yaml"))), place)
     except MvwanError as error:
-        print(f"refused: {error}", flush=True)
+        sys.stdout.write(f"refused: {error}\\n")
     except PreemptedError as stop:
-        print(f"stopped: {stop}", flush=True)
+        sys.stdout.write(f"stopped: {stop}\\n")
+    sys.stdout.flush()
 """
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
 LAUNCH += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]

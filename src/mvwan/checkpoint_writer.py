@@ -14,7 +14,7 @@ from mvwan.checkpoint import save_checkpoint
 
 
 class CheckpointWriter:
-    """Writes checkpoints into `output`. In the background, a copy of the tensors on the CPU is what a save costs in memory."""
+    """Writes checkpoints into `output`. What is saved in the background must not change any more: give copies."""
 
     def __init__(self, output: Path, keep_last: int, keep_best: bool, in_background: bool) -> None:
         self._write: Callable[..., Path] = lambda **content: save_checkpoint(output, keep_last=keep_last, keep_best=keep_best, **content)
@@ -37,15 +37,10 @@ class CheckpointWriter:
         if self._pool is None:
             self._write(**content, **named)
             return
-        copies = {name: None if part is None else _copies(part) for name, part in named.items()}
-        self._pending = self._pool.submit(self._write, **content, **copies)
+        self._pending = self._pool.submit(self._write, **content, **named)
 
     def wait(self) -> None:
         """Nothing, once the last save is whole on the disk. Raises what it raised."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-
-
-def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

@@ -1,6 +1,7 @@
-"""AdamW over the trainable groups, its schedule and moving average; and all of it to and from named tensors. One process's view.
+"""AdamW over the trainable groups, its schedule and moving average; and all of it to and from named tensors.
 
-Knows no loop, no batch and no other process.
+Knows no loop, no batch and no other process: where tensors are spread over several, all of this is about this one's parts, but for
+what is loaded, which is whole.
 """
 
 import math
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mvwan.config import TrainConfig
 from mvwan.errors import MvwanError
 from mvwan.model.trainable import optimizer_groups, parameters_by_name
+from mvwan.sharding import local_part, shard_like
 from mvwan.tensors import TensorFile
 from mvwan.training_module import HeatmapWanTrainingModule
 
@@ -85,7 +87,7 @@ def load_optimizer(
     for row in rows:
         for name in row.names:
             parameter = parameters[name]
-            moments = {moment: tensors[f"{moment}/{name}"].to(parameter.device, copy=True) for moment in _MOMENTS}
+            moments = {moment: shard_like(parameter, tensors[f"{moment}/{name}"]) for moment in _MOMENTS}
             optimizer.state[parameter] = {"step": torch.tensor(float(updates[row.name])), **moments}
 
 
@@ -98,11 +100,11 @@ class MovingAverage:
         self.decay = decay
         now = module.saved_tensors() if decay else {}
         start = start or {}
-        self.tensors = {name: start.get(name, tensor).to(tensor.device, copy=True) for name, tensor in now.items()}
+        self.tensors = {name: shard_like(tensor, start[name]) if name in start else tensor.clone() for name, tensor in now.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Moves the average towards the values now; once per optimizer update."""
         parameters = parameters_by_name(self.module.model) if self.tensors else {}
         for name, average in self.tensors.items():
-            average.lerp_(parameters[name].to(average.dtype), 1 - self.decay)
+            local_part(average).lerp_(local_part(parameters[name]).to(average.dtype), 1 - self.decay)

@@ -8,7 +8,7 @@ from mvwan.model.wan import base_digest
 from mvwan.training_module import HeatmapWanTrainingModule
 
 
-def run_manifest(config: Config, num_processes: int, fingerprint: str) -> dict[str, Any]:
+def run_manifest(config: Config, num_processes: int, strategy: str, fingerprint: str) -> dict[str, Any]:
     """Base, views, fusion, switch, LoRA, data and settings; of the data it is the content that counts, not where it lies."""
     base, lora = config.base, config.trainable.lora
     return {
@@ -20,6 +20,7 @@ def run_manifest(config: Config, num_processes: int, fingerprint: str) -> dict[s
         "lora": {"rank": lora.rank, "alpha": float(lora.rank if lora.alpha is None else lora.alpha)},
         "seed": config.seed,
         "items_per_step": config.train.batch_size * config.train.gradient_accumulation * num_processes,
+        "strategy": strategy,
         "data": {"root": config.data.root, "fingerprint": fingerprint},
         "trainable_changes": [],
         "config": config.to_dict(),

@@ -1,4 +1,4 @@
-"""The trainer: build -> resume -> loop. The only door to accelerate. `loop` and `train_step` are the ones to read.
+"""The trainer: build -> resume -> loop. `loop` and `train_step` are the ones to read.
 
     <output>/
         config.yaml, table.json      resolved settings; what trains
@@ -14,10 +14,7 @@ stored and a resumed run goes on to the bit. The loss of a step is one mean over
 processes and micro-batches. Knows no file format of demonstrations and no parameter name.
 """
 
-import atexit
-import importlib.util
 import math
-import os
 import signal
 import sys
 import threading
@@ -25,7 +22,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,19 +30,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    gather_object,
-)
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from mvwan import checkpoint, flow, pictures, train_data
+from mvwan import checkpoint, flow, pictures, sharding, train_data
 from mvwan.batch import Batch
 from mvwan.checkpoint_writer import CheckpointWriter
 from mvwan.compatibility import check_resume
@@ -59,12 +49,11 @@ from mvwan.model.movement import MINIMUM_STEPS, MovementProof, MovementReport, g
 from mvwan.model.trainable import verify_trainable
 from mvwan.optimizer import MovingAverage, load_optimizer, make_optimizer, make_schedule, optimizer_tensors
 from mvwan.run_manifest import run_manifest, trainable_changes
+from mvwan.strategy import make_accelerator, prepare, strategy_name
 from mvwan.training_module import HeatmapWanTrainingModule
 
 HELD_OUT_STEP = -1
 """The step number that seeds held-out noise: no training step has it."""
-_LONGEST_WAIT = timedelta(days=7)
-"""Other processes wait for the main one, which may encode for hours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +123,7 @@ def _train(config: Config, output: Path, resume: bool, accept_trainable_change: 
     found = checkpoint.latest_checkpoint(output)
     if found is not None and not resume:
         raise MvwanError(f"{output}: holds a run at {found.name}. Use --resume to go on with it, or another output folder.")
-    accelerator = _accelerator(config, output)
+    accelerator = make_accelerator(config, output)
     try:
         state = _build(config, output, accelerator, found, accept_trainable_change)
         with _sigterm_stops(state):
@@ -235,7 +224,7 @@ def _clip(state: State) -> float:
     """The norm of all gradients before they are scaled down to `max_gradient_norm` (0: left alone)."""
     norm = state.accelerator.clip_grad_norm_(state.own.parameters(), state.config.train.max_gradient_norm or math.inf)
     assert norm is not None
-    return float(norm)
+    return float(sharding.full_tensor(norm))
 
 
 def _counts_of_step(state: State, batches: Sequence[Batch]) -> tuple[int, int]:
@@ -299,18 +288,22 @@ def _log(state: State, line: dict[str, Any]) -> None:
 def save(state: State) -> None:
     """Nothing; the checkpoint of this step is on the disk, whole, or being written in the background (`train.async_save`).
 
-    Trained tensors are the same on every process; the main one writes.
+    Every process gives its parts; the main one writes.
     """
-    if state.accelerator.is_main_process:
-        moments, updates = optimizer_tensors(state.optimizer, state.own)
+    state.writer.wait()  # so that at most one copy is in memory
+    moments, updates = optimizer_tensors(state.optimizer, state.own)
+    keep, copy = state.accelerator.is_main_process, state.config.train.async_save
+    parts = (state.own.saved_tensors(), moments, state.average.tensors)
+    tensors, moments, average = (sharding.gathered(part, keep, copy) for part in parts)
+    if keep:
         measured = [line["loss"] for line in state.history if line["kind"] == "held_out" and line["step"] == state.step]
         state.writer.save(
             state.step,
-            state.own.saved_tensors(),
+            tensors,
             {**state.manifest, "held_out_loss": measured[-1] if measured else None},
             moments,
             {"updates": updates, "random": "data order, sigma and noise are functions of (seed, step, sample id)"},
-            ema=state.average.tensors or None,
+            ema=average or None,
         )
     state.accelerator.wait_for_everyone()
 
@@ -323,8 +316,8 @@ def _evaluate_if_due(state: State) -> None:
         return
     start = time.perf_counter()
     chosen = np.unique(np.linspace(0, len(state.held_out) - 1, config.evaluate_windows).round().astype(int)).tolist()
-    mine = chosen[state.accelerator.process_index :: state.accelerator.num_processes]
-    bands = {name: _held_out_loss(state, (low + high) / 2, mine) for low, high, name in flow.sigma_bands()}
+    bands = {name: _held_out_loss(state, (low + high) / 2, chosen) for low, high, name in flow.sigma_bands()}
+    sharding.release_full_parameters(state.own)
     means = {name: sum(band[name] for band in bands.values()) / len(bands) for name in ("loss", "rgb_loss", "heat_loss")}
     line = {"kind": "held_out", "step": state.step, **means, "bands": bands, "windows": len(chosen)}
     if not math.isfinite(means["loss"]):
@@ -341,10 +334,14 @@ def _held_out_loss(state: State, sigma: float, indices: Sequence[int]) -> dict[s
     config, accelerator = state.config, state.accelerator
     assert state.held_out is not None
     totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-    for start in range(0, len(indices), config.train.batch_size):
-        batch = state.held_out.batch(indices[start : start + config.train.batch_size]).check().to(accelerator.device)
+    mine = indices[accelerator.process_index :: accelerator.num_processes]
+    for start in range(0, math.ceil(len(indices) / accelerator.num_processes), config.train.batch_size):
+        # A forward pass of spread parameters takes every process: one that has run out of windows computes and does not count.
+        items = mine[start : start + config.train.batch_size]
+        batch = state.held_out.batch(items or [0]).check().to(accelerator.device)
         errors = state.own(batch, config.seed, HELD_OUT_STEP, torch.full((len(batch.sample_ids),), sigma))
-        totals += torch.stack([value.sum().double() for value in (errors.rgb_sum, errors.rgb_count, errors.heat_sum, errors.heat_count)])
+        sums = torch.stack([value.sum().double() for value in (errors.rgb_sum, errors.rgb_count, errors.heat_sum, errors.heat_count)])
+        totals += sums if items else 0
     rgb_sum, rgb_count, heat_sum, heat_count = _over_processes(accelerator, totals)
     return _losses(config.train, rgb_sum / max(rgb_count, 1), heat_sum / max(heat_count, 1))
 
@@ -356,43 +353,12 @@ def _losses(train: TrainConfig, rgb: float, heat: float) -> dict[str, float]:
 # ── build ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _accelerator(config: Config, output: Path) -> Accelerator:
-    """The one place where accelerate is set up. Raises `MvwanError` for a launch or a tracker that cannot work."""
-    # `accelerate launch --num_processes 2` on a CPU names a port for two processes and starts one.
-    if "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        raise MvwanError(
-            "accelerate launch was asked for several processes and started one, as it does on a CPU. Add --multi_gpu, which works "
-            "without a GPU too, and leave --cpu out: accelerate launch --multi_gpu --num_processes 2 ... (or unset MASTER_PORT for one.)"
-        )
-    tracker = config.train.tracker
-    if tracker != "none" and importlib.util.find_spec(tracker) is None:
-        raise MvwanError(
-            f"train.tracker={tracker}: the package {tracker} is not installed. Run `pip install {tracker}`, or set train.tracker=none."
-        )
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=config.train.precision,
-        # A plugin, since the plain argument gives way to an environment variable.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.gradient_accumulation, sync_with_dataloader=False),
-        log_with=None if tracker == "none" else tracker,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise MvwanError(
-            f"WORLD_SIZE={launched}, but accelerate joined {accelerator.num_processes} processes. Use accelerate launch or torchrun."
-        )
-    atexit.register(accelerator.state.destroy_process_group)
-    return accelerator
-
-
 def _build(config: Config, output: Path, accelerator: Accelerator, found: Path | None, accept_trainable_change: bool) -> State:
     """The state before the first step of this process. Every check comes before the first byte is written."""
     episodes = read_episodes(config.data.root, config.data.cameras)
     training, held_out = (WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation"))
     HeatmapWanTrainingModule(config=config, device="meta", print_banners=False)  # do the groups fit the base?
-    manifest = run_manifest(config, accelerator.num_processes, training.fingerprint)
+    manifest = run_manifest(config, accelerator.num_processes, strategy_name(accelerator), training.fingerprint)
     step = 0
     if found is not None:
         saved = checkpoint.read_manifest(found)
@@ -409,7 +375,7 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
     own = HeatmapWanTrainingModule(config=config, print_banners=accelerator.is_main_process, **start)
     manifest["trainable_changes"] += trainable_changes(own, start["checkpoint"], step)
     optimizer = make_optimizer(own, config.train)
-    module, prepared = accelerator.prepare(own, optimizer)
+    module, prepared = prepare(accelerator, own, optimizer)
     verify_trainable(own.model, own.table, prepared)
     averaged = None
     if found is not None:

@@ -1,7 +1,8 @@
 """The proof that training moves what the table trains, and nothing else: a snapshot before, a check a few steps later.
 
-Trained tensors are copied to the CPU until the check; frozen ones are remembered by an exact checksum of their bits. Knows no
-optimizer and no loop: the caller says how many steps lie between snapshot and check.
+Trained tensors are copied to the CPU until the check; frozen ones are remembered by an exact checksum of their bits. Of tensors that
+are spread over processes each process remembers its part, and what it finds is added up. Knows no optimizer and no loop: the caller
+says how many steps lie between snapshot and check.
 """
 
 import math
@@ -16,6 +17,7 @@ from torch import nn
 from mvwan.errors import MvwanError
 from mvwan.model.trainable import parameters_by_name
 from mvwan.model.trainable_table import NOTHING, Row, TrainableTable
+from mvwan.sharding import is_spread, local_part, sum_of_parts
 
 MINIMUM_STEPS = 2
 """After one step nothing before the zero-initialised projector, and no LoRA A before its zero B, has seen a gradient."""
@@ -67,14 +69,17 @@ class MovementReport:
 
 
 def gradient_norms(model: nn.Module, table: TrainableTable) -> dict[str, float]:
-    """Group -> norm of its gradient now, 0 where no tensor has one. Call it before `optimizer.step`."""
+    """Group -> norm of its gradient now, 0 where no tensor has one. Call it before `optimizer.step`, in every process."""
     parameters = parameters_by_name(model)
     norms = {}
     for row in table.trainable_rows:
         gradients = [gradient for name in row.names if (gradient := parameters[name].grad) is not None]
-        parts = [torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32) for gradient in gradients]
+        parts = [torch.linalg.vector_norm(local_part(gradient), dtype=torch.float32) for gradient in gradients]
         norms[row.name] = float(torch.linalg.vector_norm(torch.stack(parts))) if parts else 0.0
-    return norms
+    if not any(is_spread(parameter) for parameter in parameters.values()):
+        return norms
+    squares = sum_of_parts(torch.tensor(list(norms.values()), dtype=torch.float64).square(), parameters.values())
+    return dict(zip(norms, squares.sqrt().tolist(), strict=True))
 
 
 class MovementProof:
@@ -89,8 +94,8 @@ class MovementProof:
     def snapshot(self) -> None:
         """Remember every trained tensor (a copy on the CPU) and every frozen one (its checksum)."""
         parameters = parameters_by_name(self.model)
-        self._trained = {name: parameters[name].detach().to("cpu", copy=True) for name in self.table.trainable_names}
-        self._frozen = {name: checksum(parameters[name]) for name in self.table.frozen_names}
+        self._trained = {name: local_part(parameters[name]).to("cpu", copy=True) for name in self.table.trainable_names}
+        self._frozen = {name: checksum(local_part(parameters[name])) for name in self.table.frozen_names}
 
     def check(self, model: nn.Module, step: int, gradient_norms: Mapping[str, float]) -> MovementReport:
         """The report, after comparing `model` with the snapshot, which is dropped.
@@ -106,7 +111,9 @@ class MovementProof:
         assert self._trained is not None, "snapshot() comes before check()"
         parameters = parameters_by_name(model)
         rows = tuple(self._movement(row, parameters, gradient_norms) for row in self.table.trainable_rows)
-        moved = [name for name, before in self._frozen.items() if checksum(parameters[name]) != before]
+        changed = [float(checksum(local_part(parameters[name])) != before) for name, before in self._frozen.items()]
+        anywhere = sum_of_parts(torch.tensor(changed), parameters.values()).tolist()
+        moved = [name for name, parts in zip(self._frozen, anywhere, strict=True) if parts]
         problems = [_stood_still(row, step) for row in rows if row.tensors_moved == 0]
         if moved:
             more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
@@ -119,26 +126,26 @@ class MovementProof:
 
     def _movement(self, row: Row, parameters: Mapping[str, nn.Parameter], norms: Mapping[str, float]) -> GroupMovement:
         assert self._trained is not None
-        moved = 0
-        start_squares, change_squares, zero_squares = 0.0, 0.0, []
-        for name in row.names:
-            before, now = self._trained[name], parameters[name].detach().to("cpu")
-            moved += not torch.equal(before, now)
-            start = float(torch.linalg.vector_norm(before, dtype=torch.float64))
-            change = float(torch.linalg.vector_norm(now - before, dtype=torch.float64))
-            if start == 0:
-                zero_squares.append(change**2)
-            else:
-                start_squares += start**2
-                change_squares += change**2
+        held = [self._squares(name, local_part(parameters[name])) for name in row.names]
+        found = sum_of_parts(torch.tensor(held, dtype=torch.float64), [parameters[name] for name in row.names]).tolist()
+        start_squares = sum(start for start, _, _ in found)
+        change_squares = sum(change for start, change, _ in found if start)
+        zero_squares = [change for start, change, _ in found if not start]
         return GroupMovement(
             group=row.name,
             tensors=row.tensors,
-            tensors_moved=moved,
+            tensors_moved=sum(parts > 0 for _, _, parts in found),
             relative_change=math.sqrt(change_squares / start_squares) if start_squares else None,
             change_from_zero=math.sqrt(sum(zero_squares)) if zero_squares else None,
             gradient_norm=norms.get(row.name, 0.0),
         )
+
+    def _squares(self, name: str, part: torch.Tensor) -> tuple[float, float, float]:
+        """(square of the norm before, square of the change, 1 if any bit changed) of this process's part of a trained tensor."""
+        assert self._trained is not None
+        before, now = self._trained[name], part.to("cpu")
+        start, change = (float(torch.linalg.vector_norm(values, dtype=torch.float64)) for values in (before, now - before))
+        return start**2, change**2, float(not torch.equal(before, now))
 
 
 def _stood_still(row: GroupMovement, step: int) -> str:

@@ -1,0 +1,136 @@
+"""How the processes of a run share it: one process, DDP or FSDP2, as accelerate was told; the only place where accelerate is set up.
+
+What accelerate was asked for is done or refused, never replaced. Knows no loop and no checkpoint.
+"""
+
+import atexit
+import importlib.util
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from mvwan.config import Config
+from mvwan.errors import MvwanError
+from mvwan.training_module import HeatmapWanTrainingModule
+
+_LONGEST_WAIT = timedelta(days=7)
+"""Other processes wait for the main one, which may encode for hours."""
+_NAMES = {DistributedType.NO: "one process", DistributedType.FSDP: "FSDP2"}
+_BLOCK = "MultiViewWanBlock"
+_REMEDIES = {
+    "FSDP_OFFLOAD_PARAMS": "Leave --fsdp_offload_params out.",
+    "FSDP_ACTIVATION_CHECKPOINTING": "Set model.gradient_checkpointing=true, which does the same under every strategy.",
+}
+_UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed as accelerate drives it updates inside of backward, before a NaN could stop it",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM needs models of its own",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor and context parallelism would have to split the model's layers",
+}
+
+
+def make_accelerator(config: Config, output: Path) -> Accelerator:
+    """The accelerator of this process. Raises `MvwanError` for a launch, a strategy or a tracker that cannot work."""
+    # `accelerate launch --num_processes 2` on a CPU names a port for two processes and starts one.
+    if "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        raise MvwanError(
+            "accelerate launch was asked for several processes and started one, as it does on a CPU. Add --multi_gpu, which works "
+            "without a GPU too, and leave --cpu out: accelerate launch --multi_gpu --num_processes 2 ... (or unset MASTER_PORT for one.)"
+        )
+    tracker = config.train.tracker
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise MvwanError(
+            f"train.tracker={tracker}: the package {tracker} is not installed. Run `pip install {tracker}`, or set train.tracker=none."
+        )
+    plugin = _sharding_plugin()
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.train.precision,
+        # A plugin, since the plain argument gives way to an environment variable.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.gradient_accumulation, sync_with_dataloader=False),
+        fsdp_plugin=plugin,
+        log_with=None if tracker == "none" else tracker,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise MvwanError(
+            f"WORLD_SIZE={launched}, but accelerate joined {accelerator.num_processes} processes. Use accelerate launch or torchrun."
+        )
+    atexit.register(accelerator.state.destroy_process_group)
+    if plugin is not None:
+        _shard_on_this_device(accelerator, plugin)
+    return accelerator
+
+
+def strategy_name(accelerator: Accelerator) -> str:
+    """`one process`, `DDP` or `FSDP2`."""
+    return _NAMES.get(accelerator.distributed_type, "DDP")
+
+
+def prepare(accelerator: Accelerator, own: HeatmapWanTrainingModule, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """(module, optimizer) as the strategy needs them. Under FSDP2 the module is `own` itself, its parameters spread."""
+    if accelerator.is_fsdp2:
+        # Accelerate puts autocast around the forward pass under every strategy but this one.
+        own.forward = accelerator.autocast()(own.forward)
+    module, prepared = accelerator.prepare(own, optimizer)
+    return module, prepared
+
+
+def _sharding_plugin() -> FullyShardedDataParallelPlugin | None:
+    """What accelerate's environment asks of FSDP2, or None when it does not ask for it; a whole block is gathered at a time."""
+    for variable, why in _UNSUPPORTED.items():
+        if _is_on(variable):
+            raise MvwanError(f"{variable}: not supported here, {why}. Use DDP (--multi_gpu), or FSDP2 (--use_fsdp --fsdp_version 2).")
+    if not _is_on("ACCELERATE_USE_FSDP"):
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise MvwanError("FSDP version 1 is not supported: it flattens tensors that train and tensors that do not. Use --fsdp_version 2.")
+    for variable, remedy in _REMEDIES.items():
+        if _is_on(variable):
+            raise MvwanError(f"{variable}=true is not supported. {remedy}")
+    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    blocks = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", _BLOCK)
+    if policy.upper() != "TRANSFORMER_BASED_WRAP" or blocks != _BLOCK:
+        raise MvwanError(
+            f"FSDP2 by {policy} of {blocks} is not supported: each {_BLOCK} is one unit. "
+            f"Leave the flags out, or use --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_transformer_layer_cls_to_wrap {_BLOCK}."
+        )
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[_BLOCK],
+        # Autocast decides about precision, as under every strategy; a policy would round the float32 islands too.
+        mixed_precision_policy=MixedPrecisionPolicy(),
+        # Every process has read the base already.
+        cpu_ram_efficient_loading=False,
+    )
+
+
+def _shard_on_this_device(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Nothing; accelerate uses `plugin`. On CPUs it would replace FSDP2 by DDP without a word."""
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise MvwanError(
+            "FSDP2 was asked for without a group of processes to spread over. "
+            "Start with accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 ... (or unset ACCELERATE_USE_FSDP for one.)"
+        )
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
