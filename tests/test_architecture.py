@@ -24,6 +24,7 @@ FLOORS: dict[float, tuple[str, ...]] = {
     3: ("checkpoint", "compatibility", "data.dataset", "model.latents", "model.movement", "model.multiview_wan"),
     4: ("checkpoint_writer", "latent_cache", "model.surgery"),
     5: ("checkpoint_compare", "checkpoint_export", "sample", "sim.metaworld", "train_data", "training_module"),
+    5.5: ("deepspeed_engine",),
     6: ("evaluate", "optimizer", "run_manifest", "strategy"),
     6.5: ("run_record",),
     7: ("report", "train"),
@@ -36,6 +37,7 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 # A heavy library enters by one door.
 DOORS: dict[str, tuple[str, ...]] = {
     "accelerate": ("strategy", "train"),
+    "deepspeed": ("deepspeed_engine",),
     "diffusers": ("model.wan",),
     "gymnasium": ("sim.metaworld",),
     "metaworld": ("sim.metaworld",),

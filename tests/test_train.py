@@ -286,9 +286,9 @@ def test_a_loss_that_is_not_a_number_stops_before_the_update_and_names_the_sampl
 def test_a_gradient_that_is_not_a_number_stops_too(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure = trainer.gradient_norms
 
-    def spoil_then_measure(model: torch.nn.Module, table: Any) -> dict[str, float]:
+    def spoil_then_measure(model: torch.nn.Module, *rest: Any) -> dict[str, float]:
         next(parameter for parameter in model.parameters() if parameter.grad is not None).grad.fill_(float("inf"))  # type: ignore[union-attr]
-        return measure(model, table)
+        return measure(model, *rest)
 
     monkeypatch.setattr(trainer, "gradient_norms", spoil_then_measure)
     with pytest.raises(MvwanError, match=r"step 1: the gradient is NaN or infinite; samples: ball/\d+@\d#0, ball/\d+@\d#0\."):

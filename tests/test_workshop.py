@@ -48,7 +48,9 @@ def test_lock_holds_exact_versions_and_no_index() -> None:
 
 
 def requirements() -> list[str]:
-    return PROJECT["dependencies"] + [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
+    """Of all but deepspeed, which compiles for the machine it is on: who wants it installs it beside the lock."""
+    extras = [lines for extra, lines in PROJECT["optional-dependencies"].items() if extra != "deepspeed"]
+    return PROJECT["dependencies"] + [line for lines in extras for line in lines]
 
 
 @pytest.mark.parametrize("line", requirements())

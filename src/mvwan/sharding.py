@@ -5,6 +5,7 @@ exchange parts. Knows no model, no optimizer and no file.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,20 +13,39 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def is_spread(tensor: torch.Tensor) -> bool:
+@dataclass(frozen=True, kw_only=True)
+class FlatPart:
+    """A tensor whose elements, in a row, are spread over all processes, of which this one holds a range."""
+
+    values: torch.Tensor
+    """[n], maybe empty."""
+    start: int
+    """Place of the first of them in the row."""
+    shape: torch.Size
+    """Of the whole tensor."""
+
+
+def is_spread(tensor: torch.Tensor | FlatPart) -> bool:
     """Whether this process holds only a part of it."""
-    return isinstance(tensor, DTensor)
+    return isinstance(tensor, DTensor | FlatPart)
 
 
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor | FlatPart) -> torch.Tensor:
     """The whole tensor, on its device, without gradient; itself where it is not spread. Every process must call it."""
     with torch.no_grad():
+        if isinstance(tensor, FlatPart):
+            row = tensor.values.new_zeros(tensor.shape.numel())
+            row[tensor.start : tensor.start + tensor.values.numel()] = tensor.values
+            torch.distributed.all_reduce(row)
+            return row.view(tensor.shape)
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor | FlatPart) -> torch.Tensor:
     """What this process holds of it, without gradient, sharing its memory; it may be empty."""
     with torch.no_grad():
+        if isinstance(tensor, FlatPart):
+            return tensor.values
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
@@ -38,7 +58,7 @@ def shard_like(parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(full, parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else full
 
 
-def gathered(tensors: Mapping[str, torch.Tensor], keep: bool, copy: bool) -> dict[str, torch.Tensor]:
+def gathered(tensors: Mapping[str, torch.Tensor | FlatPart], keep: bool, copy: bool) -> dict[str, torch.Tensor]:
     """All tensors whole on the CPU where `keep`, nothing elsewhere. Every process must call it.
 
     `copy`: they stay as they are now whatever happens to `tensors`; without it those that are whole on the CPU share their memory.
@@ -52,16 +72,16 @@ def gathered(tensors: Mapping[str, torch.Tensor], keep: bool, copy: bool) -> dic
     return kept
 
 
-def sum_of_parts(values: torch.Tensor, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """`values` [N], numbers about the local parts of `tensors`, added up over the processes that hold the other parts.
+def sum_of_parts(values: torch.Tensor, tensors: Iterable[torch.Tensor | FlatPart]) -> torch.Tensor:
+    """`values`, numbers about the local parts of `tensors`, added up over the processes that hold the other parts.
 
     Unchanged where none of them is spread. Every process must call it.
     """
-    mesh = next((tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)), None)
-    if mesh is None:
+    spread = next((tensor for tensor in tensors if isinstance(tensor, DTensor | FlatPart)), None)
+    if spread is None:
         return values
-    total = values.to(mesh.device_type, copy=True)
-    torch.distributed.all_reduce(total, group=mesh.get_group())
+    total = values.to(local_part(spread).device, copy=True)
+    torch.distributed.all_reduce(total, group=spread.device_mesh.get_group() if isinstance(spread, DTensor) else None)
     return total.to(values.device)
 
 

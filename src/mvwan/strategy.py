@@ -1,4 +1,4 @@
-"""How the processes of a run share it: one process, DDP or FSDP2, as accelerate was told; the only place where accelerate is set up.
+"""How the processes of a run share it: alone, DDP, FSDP2 or DeepSpeed, as accelerate was told; the only place where it is set up.
 
 What accelerate was asked for is done or refused, never replaced. Knows no loop and no checkpoint.
 """
@@ -6,6 +6,7 @@ What accelerate was asked for is done or refused, never replaced. Knows no loop 
 import atexit
 import importlib.util
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
@@ -20,10 +22,13 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
 )
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from mvwan.config import Config
+from mvwan.deepspeed_engine import InTuples, ZeroEngine, ZeroOptimizer, zero_settings
 from mvwan.errors import MvwanError
+from mvwan.sharding import FlatPart
 from mvwan.training_module import HeatmapWanTrainingModule
 
 _LONGEST_WAIT = timedelta(days=7)
@@ -35,7 +40,6 @@ _REMEDIES = {
     "FSDP_ACTIVATION_CHECKPOINTING": "Set model.gradient_checkpointing=true, which does the same under every strategy.",
 }
 _UNSUPPORTED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed as accelerate drives it updates inside of backward, before a NaN could stop it",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM needs models of its own",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor and context parallelism would have to split the model's layers",
 }
@@ -54,16 +58,24 @@ def make_accelerator(config: Config, output: Path) -> Accelerator:
         raise MvwanError(
             f"train.tracker={tracker}: the package {tracker} is not installed. Run `pip install {tracker}`, or set train.tracker=none."
         )
+    if _is_on("ACCELERATE_USE_FSDP") and _is_on("ACCELERATE_USE_DEEPSPEED"):
+        raise MvwanError("FSDP2 and DeepSpeed were both asked for. Leave one of --use_fsdp and --use_deepspeed out.")
     plugin = _sharding_plugin()
+    zero = DeepSpeedPlugin(hf_ds_config=zero_settings(config.train)) if _is_on("ACCELERATE_USE_DEEPSPEED") else None
+    on_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
+        cpu=on_cpu and zero is None,  # with it, accelerate would forget DeepSpeed
         mixed_precision=config.train.precision,
         # A plugin, since the plain argument gives way to an environment variable.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.gradient_accumulation, sync_with_dataloader=False),
         fsdp_plugin=plugin,
+        deepspeed_plugin=zero,
         log_with=None if tracker == "none" else tracker,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(backend="gloo" if on_cpu and zero is not None else None, timeout=_LONGEST_WAIT),
+        ],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
@@ -77,17 +89,29 @@ def make_accelerator(config: Config, output: Path) -> Accelerator:
 
 
 def strategy_name(accelerator: Accelerator) -> str:
-    """`one process`, `DDP` or `FSDP2`."""
+    """`one process`, `DDP`, `FSDP2`, `DeepSpeed ZeRO-1` or `DeepSpeed ZeRO-2`."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        assert accelerator.deepspeed_plugin is not None
+        return f"DeepSpeed ZeRO-{accelerator.deepspeed_plugin.zero_stage}"
     return _NAMES.get(accelerator.distributed_type, "DDP")
 
 
-def prepare(accelerator: Accelerator, own: HeatmapWanTrainingModule, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-    """(module, optimizer) as the strategy needs them. Under FSDP2 the module is `own` itself, its parameters spread."""
+def prepare(
+    accelerator: Accelerator, own: HeatmapWanTrainingModule, optimizer: torch.optim.AdamW
+) -> tuple[Any, Any, Callable[[nn.Parameter], torch.Tensor | FlatPart | None]]:
+    """(module, optimizer, parameter -> gradient) as the strategy needs them. Under FSDP2 the module is `own`, its parameters spread."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # Here accelerate leaves autocast to DeepSpeed, which would choose other layers for it.
+        own.forward = torch.autocast(accelerator.device.type, torch.bfloat16, own.config.train.precision == "bf16")(own.forward)
+        engine, _ = accelerator.prepare(InTuples(own), optimizer)
+        driven: Any = ZeroEngine(engine)
+        accelerator.deepspeed_engine_wrapped = driven  # through which its `backward` and `clip_grad_norm_` go
+        return driven, ZeroOptimizer(engine, optimizer), driven.gradient
     if accelerator.is_fsdp2:
-        # Accelerate puts autocast around the forward pass under every strategy but this one.
+        # Here accelerate leaves autocast out.
         own.forward = accelerator.autocast()(own.forward)
     module, prepared = accelerator.prepare(own, optimizer)
-    return module, prepared
+    return module, prepared, lambda parameter: parameter.grad
 
 
 def _sharding_plugin() -> FullyShardedDataParallelPlugin | None:

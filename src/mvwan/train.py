@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
+from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
@@ -45,7 +46,7 @@ from mvwan.data.dataset import WindowDataset, read_episodes
 from mvwan.errors import MvwanError, PreemptedError
 from mvwan.files import flatten, json_line, plain_words, read_json, read_json_lines, remove_leftovers, write_file, write_json
 from mvwan.latent_cache import LatentCache
-from mvwan.model.movement import MINIMUM_STEPS, MovementProof, MovementReport, gradient_norms
+from mvwan.model.movement import MINIMUM_STEPS, Gradient, MovementProof, MovementReport, gradient_norms
 from mvwan.model.trainable import verify_trainable
 from mvwan.optimizer import MovingAverage, load_optimizer, make_optimizer, make_schedule, optimizer_tensors
 from mvwan.run_manifest import run_manifest, trainable_changes
@@ -84,6 +85,8 @@ class State:
     own: HeatmapWanTrainingModule
     """The module itself."""
     optimizer: Any
+    gradient_of: Callable[[Parameter], Gradient]
+    """The gradient of a parameter after the last micro-batch, or what this process holds of it."""
     schedule: LambdaLR
     windows: Iterator[Batch]
     """This process's micro-batches, from the next step on."""
@@ -190,7 +193,7 @@ def train_step(state: State, batches: Sequence[Batch]) -> dict[str, Any]:
     """Losses, gradient norms and learning rates of one optimizer update on `batches`, one per micro-batch. `state.step` is one higher."""
     counts = _counts_of_step(state, batches)
     sums, broken = _accumulate_gradients(state, batches, counts)
-    norms = gradient_norms(state.own.model, state.own.table)
+    norms = gradient_norms(state.own.model, state.own.table, state.gradient_of)
     norm = _clip(state)
     _agree_to_go_on(state, broken, norm, batches)
     rates = {group["group"]: group["lr"] for group in state.optimizer.param_groups}
@@ -375,12 +378,12 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
     own = HeatmapWanTrainingModule(config=config, print_banners=accelerator.is_main_process, **start)
     manifest["trainable_changes"] += trainable_changes(own, start["checkpoint"], step)
     optimizer = make_optimizer(own, config.train)
-    module, prepared = prepare(accelerator, own, optimizer)
+    module, prepared, gradient_of = prepare(accelerator, own, optimizer)
     verify_trainable(own.model, own.table, prepared)
     averaged = None
     if found is not None:
         moments, progress = checkpoint.read_optimizer(found)
-        load_optimizer(optimizer, own, moments, progress["updates"], found, accept_trainable_change)
+        load_optimizer(prepared, own, moments, progress["updates"], found, accept_trainable_change)
         averaged = checkpoint.load_trained(found, ema=True).tensors if config.train.ema_decay else None
     state = State(
         config=config,
@@ -389,6 +392,7 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
         module=module,
         own=own,
         optimizer=prepared,
+        gradient_of=gradient_of,
         schedule=make_schedule(optimizer, config.train, step),
         windows=train_data.micro_batches(config, caches[0], accelerator.num_processes, accelerator.process_index, step),
         held_out=caches[1],

@@ -6,7 +6,7 @@ says how many steps lie between snapshot and check.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,11 +17,12 @@ from torch import nn
 from mvwan.errors import MvwanError
 from mvwan.model.trainable import parameters_by_name
 from mvwan.model.trainable_table import NOTHING, Row, TrainableTable
-from mvwan.sharding import is_spread, local_part, sum_of_parts
+from mvwan.sharding import FlatPart, is_spread, local_part, sum_of_parts
 
 MINIMUM_STEPS = 2
 """After one step nothing before the zero-initialised projector, and no LoRA A before its zero B, has seen a gradient."""
 _CHUNK_WORDS = 2**20
+Gradient = torch.Tensor | FlatPart | None
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -68,17 +69,21 @@ class MovementReport:
         return table
 
 
-def gradient_norms(model: nn.Module, table: TrainableTable) -> dict[str, float]:
+def gradient_norms(
+    model: nn.Module, table: TrainableTable, gradient_of: Callable[[nn.Parameter], Gradient] = lambda parameter: parameter.grad
+) -> dict[str, float]:
     """Group -> norm of its gradient now, 0 where no tensor has one. Call it before `optimizer.step`, in every process."""
     parameters = parameters_by_name(model)
-    norms = {}
+    norms: dict[str, float] = {}
+    held: list[torch.Tensor | FlatPart] = []
     for row in table.trainable_rows:
-        gradients = [gradient for name in row.names if (gradient := parameters[name].grad) is not None]
+        gradients = [gradient for name in row.names if (gradient := gradient_of(parameters[name])) is not None]
         parts = [torch.linalg.vector_norm(local_part(gradient), dtype=torch.float32) for gradient in gradients]
         norms[row.name] = float(torch.linalg.vector_norm(torch.stack(parts))) if parts else 0.0
-    if not any(is_spread(parameter) for parameter in parameters.values()):
+        held += gradients
+    if not any(map(is_spread, held)):
         return norms
-    squares = sum_of_parts(torch.tensor(list(norms.values()), dtype=torch.float64).square(), parameters.values())
+    squares = sum_of_parts(torch.tensor(list(norms.values()), dtype=torch.float64).square(), held)
     return dict(zip(norms, squares.sqrt().tolist(), strict=True))
 
 
