@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from mvwan.checkpoint import list_checkpoints, load_trained, read_manifest, read_optimizer
 from mvwan.config import Config, config_from_dict, dump_yaml, merge
@@ -223,3 +224,4 @@ def test_what_is_not_supported_is_refused(
     with pytest.raises(MvwanError, match=message):
         train(config_from_dict(golden_run), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    assert not AcceleratorState._shared_state, "the next run of this process would inherit these settings"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
@@ -77,15 +78,21 @@ def make_accelerator(config: Config, output: Path) -> Accelerator:
             InitProcessGroupKwargs(backend="gloo" if on_cpu and zero is not None else None, timeout=_LONGEST_WAIT),
         ],
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise MvwanError(
-            f"WORLD_SIZE={launched}, but accelerate joined {accelerator.num_processes} processes. Use accelerate launch or torchrun."
-        )
-    atexit.register(accelerator.state.destroy_process_group)
-    if plugin is not None:
-        _shard_on_this_device(accelerator, plugin)
+    try:
+        _join_processes(accelerator, plugin)
+    except MvwanError:
+        forget_settings()
+        raise
     return accelerator
+
+
+def forget_settings() -> None:
+    """Nothing; the next accelerator of this process starts anew. Accelerate keeps its settings in class variables.
+
+    The process group stays for it, since it cannot be joined twice.
+    """
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
 
 
 def strategy_name(accelerator: Accelerator) -> str:
@@ -144,8 +151,16 @@ def _sharding_plugin() -> FullyShardedDataParallelPlugin | None:
     )
 
 
-def _shard_on_this_device(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Nothing; accelerate uses `plugin`. On CPUs it would replace FSDP2 by DDP without a word."""
+def _join_processes(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin | None) -> None:
+    """Nothing; all processes are there, and accelerate uses `plugin`. On CPUs it would replace FSDP2 by DDP without a word."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise MvwanError(
+            f"WORLD_SIZE={launched}, but accelerate joined {accelerator.num_processes} processes. Use accelerate launch or torchrun."
+        )
+    atexit.register(accelerator.state.destroy_process_group)
+    if plugin is None:
+        return
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin

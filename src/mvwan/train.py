@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
@@ -50,7 +49,7 @@ from mvwan.model.movement import MINIMUM_STEPS, Gradient, MovementProof, Movemen
 from mvwan.model.trainable import verify_trainable
 from mvwan.optimizer import MovingAverage, load_optimizer, make_optimizer, make_schedule, optimizer_tensors
 from mvwan.run_manifest import run_manifest, trainable_changes
-from mvwan.strategy import make_accelerator, prepare, strategy_name
+from mvwan.strategy import forget_settings, make_accelerator, prepare, strategy_name
 from mvwan.training_module import HeatmapWanTrainingModule
 
 HELD_OUT_STEP = -1
@@ -136,10 +135,7 @@ def _train(config: Config, output: Path, resume: bool, accept_trainable_change: 
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
-        # Accelerate keeps its settings in class variables: the next run of this process would inherit them. The process group stays
-        # for that run, since it cannot be joined twice.
-        AcceleratorState._reset_state()
-        GradientState._reset_state()
+        forget_settings()
 
 
 @contextmanager
