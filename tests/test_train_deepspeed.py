@@ -17,12 +17,13 @@ from mvwan.config import Config, config_from_dict, dump_yaml, merge
 from mvwan.errors import MvwanError
 from mvwan.train import train
 from tests.test_train_processes import launch, spoil
-from tests.test_train_sharded import DDP, EXACT, PAIR, ROUNDED, assert_same_checkpoint, assert_same_run, keep_until
+from tests.test_train_sharded import DDP, EXACT, PAIR, ROUNDED, assert_same_checkpoint, assert_same_run, history_of, keep_until
 from tests.test_train_sharded import SCRIPT as RESUMING_SCRIPT
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install 'mvwan[deepspeed]'"
 )
+CLIPPED: dict[str, Any] = {"train": {"max_gradient_norm": 0.02}}
 ZERO = ["--use_deepspeed", "--zero_stage", "2", "--main_process_port", "0"]
 
 # One run after the other in the same processes. "+" in front of a place: go on with the run there. "1": under ZeRO-1. In the place
@@ -31,12 +32,18 @@ SCRIPT = """
 import os, signal, sys, threading, time, torch, yaml
 from pathlib import Path
 import mvwan.train as trainer
+from mvwan import flow
 from mvwan.config import config_from_dict
 from mvwan.errors import MvwanError, PreemptedError
 from mvwan.model.trainable import parameters_by_name
 from mvwan.train import train
 
-measure = trainer.gradient_norms
+measure, draw_noise = trainer.gradient_norms, flow.draw_noise
+autocast = set()
+
+def look_then_draw(*given):
+    autocast.add(torch.is_autocast_enabled("cpu"))
+    return draw_noise(*given)
 
 def spoil_then_measure(model, table, gradient_of):
     parts = [gradient_of(parameters_by_name(model)[name]) for name in table.trainable_names]
@@ -52,6 +59,7 @@ def stop_after_the_first_step(metrics):
     os.kill(os.getpid(), signal.SIGTERM)
 
 torch.set_num_threads(1)
+flow.draw_noise = look_then_draw
 for given in sys.argv[1:]:
     place = given.lstrip("+1")
     os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = "1" if "1" in given.removesuffix(place) else "2"
@@ -64,7 +72,9 @@ for given in sys.argv[1:]:
         sys.stdout.write(f"refused: {error}\\n")
     except PreemptedError as stop:
         sys.stdout.write(f"stopped: {stop}\\n")
+    sys.stdout.write(f"autocast in {Path(place).name}: {autocast}\\n")
     sys.stdout.flush()
+    autocast.clear()
 """
 
 
@@ -84,10 +94,10 @@ def runs(golden_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    train(config("alone", EXACT), folder / "alone")
+    train(config("alone", EXACT, CLIPPED), folder / "alone")
     train(config("rounded_alone", ROUNDED), folder / "rounded_alone")
     for name in ("spread", "chain", "moments_only", "infinite"):
-        config(name, EXACT, PAIR)
+        config(name, EXACT, CLIPPED, PAIR)
     for name in ("rounded", "rounded_moments_only"):
         config(name, ROUNDED, {"train": {"gradient_accumulation": 2}})
     endless = {"train": {"steps": 100_000, "evaluate_every": 0, "save_every": 100_000}}
@@ -106,7 +116,7 @@ def runs(golden_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     start(RESUMING_SCRIPT, DDP, "+chain")
     for name, step in (("chain", 3), ("moments_only", 2)):
         keep_until(folder / name, step)
-        train(config(name, EXACT), folder / name, resume=True)
+        train(config(name, EXACT, CLIPPED), folder / name, resume=True)
     return folder, out, bad_name
 
 
@@ -114,6 +124,8 @@ def runs(golden_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
 def test_it_is_the_run_of_one_process(runs: tuple[Path, str, str]) -> None:
     folder = runs[0]
     assert_same_run(folder / "spread", folder / "alone")
+    norms = [line["gradient_norm"] for line in history_of(folder / "alone") if line["kind"] == "train"]
+    assert min(norms) > CLIPPED["train"]["max_gradient_norm"], "nothing is clipped"
     for step in (1, 4):
         assert_same_checkpoint(*(folder / name / "checkpoints" / f"step-{step:06d}" for name in ("spread", "alone")))
     proofs = [json.loads((folder / name / "movement.json").read_text()) for name in ("spread", "alone")]
@@ -135,8 +147,9 @@ def test_each_process_holds_its_part(runs: tuple[Path, str, str]) -> None:
 @pytest.mark.parametrize("name", ["rounded", "rounded_moments_only"])
 def test_bfloat16_base_with_several_micro_batches(runs: tuple[Path, str, str], name: str) -> None:
     """Looser: rounding to 8 bits turns another order of sums into other last bits."""
-    folder = runs[0]
+    folder, out, _ = runs
     assert_same_run(folder / name, folder / "rounded_alone", rel=2e-3)
+    assert out.count(f"autocast in {name}: {{True}}") == out.count("autocast in spread: {False}") == 2
     assert {str(tensor.dtype) for tensor in load_trained(folder / name).tensors.values()} == {"torch.float32"}
 
 

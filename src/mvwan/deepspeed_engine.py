@@ -18,7 +18,7 @@ from mvwan.batch import Batch
 from mvwan.config import TrainConfig
 from mvwan.errors import MvwanError
 from mvwan.flow import StreamSums
-from mvwan.sharding import FlatPart, sum_of_parts
+from mvwan.sharding import FlatPart
 from mvwan.training_module import HeatmapWanTrainingModule
 
 _ALLOWED = {
@@ -100,10 +100,8 @@ class ZeroEngine:
         self.engine.backward(loss)
 
     def get_global_grad_norm(self) -> torch.Tensor:
-        """The norm of the gradients that the next update clips and takes; NaN where one is (DeepSpeed would say -1)."""
-        parts = [part for group in self.engine.optimizer.bit16_groups for parameter in group if (part := self.gradient(parameter))]
-        squares = torch.stack([torch.linalg.vector_norm(part.values, dtype=torch.float64).square() for part in parts])
-        return sum_of_parts(squares.sum(), parts).sqrt()
+        """The norm of all gradients before the update, which clips by it; infinite where one is not finite."""
+        return self.engine.optimizer.scaled_global_norm()
 
     def gradient(self, parameter: nn.Parameter) -> FlatPart | None:
         """This process's part of its gradient after the last micro-batch; None where it does not train."""
