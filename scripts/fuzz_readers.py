@@ -47,7 +47,8 @@ def allowed(read: Read) -> Read:
         try:
             return read(data)
         except MvwanError as error:
-            assert str(error).isprintable() and str(error), f"not one line: {error!r}"
+            if not str(error) or not str(error).isprintable():
+                raise AssertionError(f"not one line: {error!r}") from error
             return None
 
     return once
@@ -129,7 +130,7 @@ def dataset(folder: Path) -> Path:
     """A LeRobot dataset of one camera and two short episodes."""
     camera = Camera(name="left", width_px=32, height_px=32, intrinsics=np.diag([32.0, 32, 1]), world_to_camera=np.eye(4))
     root = folder / "dataset"
-    with write_dataset(root, cameras=[camera], fps=10, action_names=("x",), robot_type="none") as writer:
+    with write_dataset(root, cameras=[camera], fps=10, action_names=("x", "y"), robot_type="none") as writer:
         for index in range(2):
             numbers = np.linspace(0, 1, 15).reshape(5, 3)
             writer.add_episode(
@@ -140,7 +141,7 @@ def dataset(folder: Path) -> Path:
                 point_m=numbers,
                 hand_m=numbers,
                 gripper_open=np.ones(5),
-                action=numbers[:, :1],
+                action=numbers[:, :2],
                 success=np.ones(5, bool),
             )
     return root
