@@ -291,10 +291,14 @@ def _load_older(path: Path) -> Trained:
     except MvwanError as error:
         raise MvwanError(f"{path}: not a checkpoint of mvwan or of the older system; {error}") from None
     tensors = stored.renamed(names)
-    ranks = {shape[0] if shape else 0 for name, shape in tensors.shapes.items() if ".lora_A." in name}
+    ranks: dict[int, list[str]] = {}
+    for name, shape in tensors.shapes.items():
+        if ".lora_A." in name:
+            ranks.setdefault(shape[0] if shape else 0, []).append(name)
     if len(ranks) > 1:
-        raise MvwanError(f"{path}: its LoRA adapters have ranks {sorted(ranks)}; one rank for all is needed")
-    rank = ranks.pop() if ranks else None
+        rarest = min(ranks.values(), key=len)[0]
+        raise MvwanError(f"{path}: its LoRA adapters have ranks {sorted(ranks)}, the rarest in {rarest}; one rank for all is needed")
+    rank = next(iter(ranks), None)
     manifest = {
         "format_version": OLDER_SYSTEM,
         "base": {"id": None, "digest": None},

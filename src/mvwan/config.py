@@ -20,13 +20,15 @@ from mvwan.files import read_text
 from mvwan.shapes import check_num_frames, check_picture_size
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-_LARGEST_SETTINGS = 100_000
+_LARGEST_SETTINGS, _LARGEST_NUMBER = 100_000, 2**53
 
 
 def _positive(field: str, value: float, minimum: float = 0, *, allow_minimum: bool = False) -> None:
     if value < minimum or (value == minimum and not allow_minimum):
         bound = "at least" if allow_minimum else "more than"
-        raise MvwanError(f"{field}={value}: must be {bound} {minimum}. Set {field}.")
+        raise MvwanError(f"{field}={_shown(value)}: must be {bound} {minimum}. Set {field}.")
+    if value > _LARGEST_NUMBER:
+        raise MvwanError(f"{field}={_shown(value)}: must be at most {_LARGEST_NUMBER}. Set {field}.")
 
 
 def _share(field: str, value: float) -> None:
@@ -267,6 +269,7 @@ class Config:
     """Seed of new weights, data order, sigma, noise and augmentation."""
 
     def __post_init__(self) -> None:
+        _positive("seed", self.seed, allow_minimum=True)
         latent_frames = (self.data.num_frames - 1) // 4 + 1
         if self.train.condition_frames >= latent_frames:
             raise MvwanError(
