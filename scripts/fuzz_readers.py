@@ -7,8 +7,6 @@ stored in the folder `--findings`. Needs atheris: `pip install 'mvwan[fuzz]'` (L
 
 import argparse
 import importlib
-import json
-import pickle
 import sys
 import tempfile
 from collections import OrderedDict
@@ -16,16 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 try:
     atheris: Any = importlib.import_module("atheris")
 except ModuleNotFoundError:
     sys.exit("fuzz_readers: atheris is not installed. Run: pip install 'mvwan[fuzz]' (Linux on x86-64, Python 3.11 to 3.13)")
 
-import torch
-
+# First of all that needs them, so that the standard library's readers are instrumented too.
 with atheris.instrument_imports(include=["mvwan", "yaml", "json", "pickle"], enable_loader_override=False):
+    import json
+    import pickle
+
+    import numpy as np
+    import torch
+
     from mvwan.cameras import Camera
     from mvwan.checkpoint import load_trained, read_optimizer, save_checkpoint
     from mvwan.config import Config, config_from_dict, dump_yaml, parse_overrides, read_yaml

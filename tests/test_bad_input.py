@@ -514,6 +514,9 @@ HOSTILE_PICKLES = {
     "huge ndarray": b"cnumpy\nndarray\n((L99999999999L\nttR.",
     "huge array to fill": b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(L99999999999L\ntS'b'\ntR.",
     "huge type": b"cnumpy\ndtype\n(S'V99999999999'\ntR.",
+    "bytes for pointers to objects": pickle.dumps(np.array([None, None], object), 2)
+    .replace(b"K?t", b"K\0t")  # the flags that say it holds objects
+    .replace(b"]q\x11(NNe", b"c_codecs\nencode\nX\x10\0\0\0AAAAAAAABBBBBBBBX\x06\0\0\0latin1\x86R"),
     "type of objects": b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'O8'\ntRS'12345678'\ntR.",
     "a tuple that takes for ever to hash": b"\x80\x04}" + _LAUGHING + b"Ns.",
     "copies of copies": b"\x80\x04B\x10\x27\0\0" + b"x" * 10000 + b"\x94" + b"cbuiltins\nbytearray\n\x94" + b"h\1h\0\x85R" * 5000 + b".",

@@ -19,6 +19,10 @@ def test_pickles_of_arrays_and_plain_values_are_read(tmp_path: Path, protocol: i
     value = {
         "points": np.arange(12, dtype=np.float64).reshape(4, 3),
         "fortran": np.asfortranarray(np.arange(6, dtype=np.uint8).reshape(2, 3)),
+        "texts": np.array(["ä", "xyz"]),
+        "other order": np.arange(3, dtype=">f4"),
+        "anything": np.array([1, "x", None], dtype=object),
+        "empty": np.zeros((0, 3)),
         "scalar": np.float32(1.5),
         "plain": [1, 2.0, "three", b"four", True, None, (5,), {6}, OrderedDict(a=1)],
     }
@@ -27,6 +31,10 @@ def test_pickles_of_arrays_and_plain_values_are_read(tmp_path: Path, protocol: i
     assert np.array_equal(read["points"], value["points"])
     assert np.array_equal(read["fortran"], value["fortran"])
     assert read["scalar"] == value["scalar"]
+    for name in ("texts", "other order", "anything", "empty"):
+        assert read[name].dtype.newbyteorder("=") == value[name].dtype.newbyteorder("=")
+        assert read[name].shape == value[name].shape
+        assert read[name].tolist() == value[name].tolist()
     assert read["plain"] == value["plain"]
 
 

@@ -40,13 +40,13 @@ def _new_dtype(text: Any, _align: Any = False, _copy: Any = True) -> np.dtype[An
 
 
 def _scalar(dtype: Any, raw: Any) -> Any:
-    if not isinstance(dtype, np.dtype) or dtype.hasobject or not isinstance(raw, bytes) or len(raw) != dtype.itemsize:
+    if not isinstance(dtype, np.dtype) or dtype.kind == "O" or not isinstance(raw, bytes) or len(raw) != dtype.itemsize:
         raise _RefusedError("a scalar whose bytes do not fit its type")
     return np.frombuffer(raw, dtype, 1)[0]
 
 
 def _from_buffer(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    if not isinstance(raw, bytes | bytearray) or not isinstance(dtype, np.dtype) or dtype.hasobject or order not in ("C", "F"):
+    if not isinstance(raw, bytes | bytearray) or not isinstance(dtype, np.dtype) or dtype.kind == "O" or order not in ("C", "F"):
         raise _RefusedError("an array that is made in an unusual way")
     _check_shape(shape, dtype, len(raw))
     return np.frombuffer(raw, dtype).reshape(shape, order=order)
@@ -74,6 +74,7 @@ def _encode(text: Any, encoding: Any) -> bytes:
 
 
 _STAND_INS: dict[tuple[str, str], Any] = {
+    ("builtins", "bytes"): lambda: b"",
     ("builtins", "bytearray"): _bytearray,
     ("builtins", "complex"): complex,
     ("builtins", "set"): set,
@@ -111,19 +112,18 @@ class _PlainUnpickler(pickle._Unpickler):
 
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, np.dtype) and isinstance(state, tuple) and len(state) == 8:
-            # Neither sub-arrays nor fields nor metadata: version, byte order, None, None, None, -1 or the size, alignment, flags.
-            if state[1] not in ("<", ">", "|", "=") or any(part is not None for part in state[2:5]) or target.kind not in "?biufcSUO":
+        if isinstance(target, np.dtype) and isinstance(state, tuple) and len(state) >= 5:
+            # Of the pickled state only the byte order is used: false flags would let bytes pass for pointers to objects.
+            if state[1] not in ("<", ">", "|", "=") or any(part is not None for part in state[2:5]):
                 raise _RefusedError("an array of records")
-            if not all(type(part) is int for part in (state[0], *state[5:])) or state[5] not in (-1, target.itemsize):
-                raise _RefusedError("numbers of an unusual type")
-            target.__setstate__((3, state[1], None, None, None, state[5], state[6] if state[5] != -1 else -1, 0))  # pyright: ignore[reportAttributeAccessIssue]
+            own: Any = target.__reduce__()
+            target.__setstate__((own[2][0], state[1], *own[2][2:]))  # pyright: ignore[reportAttributeAccessIssue]
         elif isinstance(target, np.ndarray) and isinstance(state, tuple) and len(state) == 5 and isinstance(state[2], np.dtype):
             _, shape, dtype, fortran, raw = state
             raw = raw.encode("latin1") if isinstance(raw, str) else raw
-            if not isinstance(raw, list if dtype.hasobject else bytes):
+            if not isinstance(raw, list if dtype.kind == "O" else bytes):
                 raise _RefusedError("an array without its bytes")
-            _check_shape(shape, dtype, len(raw) * (dtype.itemsize if dtype.hasobject else 1))
+            _check_shape(shape, dtype, len(raw) * (dtype.itemsize if dtype.kind == "O" else 1))
             self._count(len(raw))
             target.__setstate__((1, shape, dtype, bool(fortran), raw))  # pyright: ignore[reportArgumentType]
         else:
