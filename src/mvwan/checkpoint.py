@@ -199,6 +199,7 @@ def _unusable(manifest: Mapping[str, Any]) -> list[str]:
         "base": {"id", "digest"} <= manifest["base"].keys() and all(isinstance(manifest["base"][key], str) for key in ("id", "digest")),
         "lora.rank": isinstance(rank, int) and 1 <= rank < _STEPS_END,
         "lora.alpha": isinstance(alpha, int | float) and 0 < alpha < math.inf,
+        "data": isinstance(manifest.get("data", {}), dict),
         "files": all(isinstance(value, str) for value in manifest["files"].values()),
     }
     kinds = {"mode": str, "parameters": int, "tensors": int, "dtype": str, "digest": str, "names": list}
