@@ -36,7 +36,7 @@ from mvwan.config import Config, config_from_dict, dump_yaml, parse_overrides, r
 from mvwan.data.dataset import read_episodes
 from mvwan.errors import MvwanError
 from mvwan.files import read_json, read_json_lines, sha256_file
-from mvwan.latent_cache import _SAMPLE, _read, _write
+from mvwan.latent_cache import _read, _write
 from mvwan.model.native_names import to_ours
 from mvwan.model.surgery import LoadReport, load_model
 from mvwan.model.wan import load_transformer
@@ -710,19 +710,19 @@ def test_damaged_cache_entries(tmp_path: Path) -> None:
     path = tmp_path / "entry.safetensors"
     _write(path, {"rgb": torch.ones(1, 2, 1, 2, 2), "heat": torch.zeros(1, 2, 1, 2, 2), "heat_valid": torch.ones(1, 1, dtype=torch.bool)})
     content = path.read_bytes()
-    _read(path, _SAMPLE)
+    _read(path)
     header = 8 + int.from_bytes(content[:8], "little")
 
     def check(case: tuple[int, bytes]) -> None:
         path.write_bytes(case[1])
-        said = refusal(lambda: _read(path, _SAMPLE))
+        said = refusal(lambda: _read(path))
         assert said is None or "entry.safetensors" in said
         assert said is not None or case[1][header:] == content[header:], "a changed tensor was taken for a whole one"
 
     check_cases("cache entry", tmp_path, damaged([content]), check)
     for tensors in ({}, {"rgb": torch.ones(2)}, {"rgb": torch.ones(1), "heat": torch.ones(1), "heat_valid": torch.ones(1)}):
         _write(path, tensors)
-        assert refusal(lambda: _read(path, _SAMPLE)) is not None
+        assert refusal(lambda: _read(path)) is not None
 
 
 def test_odd_configs_of_a_base(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ setting finds nothing rather than something old, and runs may share a folder. En
 are encoded again when these do not agree. Knows no loop, no loss and no noise.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,9 +29,8 @@ from mvwan.tensors import TensorFile, digest, write_tensors
 _FORMAT = 1
 """Raised whenever the code changes what an entry holds."""
 _TEXTS_IN_MEMORY = 256
-_SAMPLE = {"rgb": ("float32", 5), "heat": ("float32", 5), "heat_valid": ("bool", 2)}
-_TEXT = {"text": ("float32", 2)}
-"""Name -> type and number of axes of what an entry holds."""
+_HELD = {"samples": {"rgb": ("float32", 5), "heat": ("float32", 5), "heat_valid": ("bool", 2)}, "text": {"text": ("float32", 2)}}
+"""Type and number of axes of each tensor of an entry."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class LatentCache:
         """Entries that were encoded now; the others were there."""
         self.healed = healed
         """Entries among them that were there but damaged."""
-        self._read_text = lru_cache(maxsize=_TEXTS_IN_MEMORY)(lambda path: _read(path, _TEXT)["text"])
+        self._read_text = lru_cache(maxsize=_TEXTS_IN_MEMORY)(lambda path: _read(path)["text"])
 
     @classmethod
     def open(cls, folder: str | Path, dataset: WindowDataset, codec_digest: str, sigma_px: float) -> "LatentCache":
@@ -92,7 +91,7 @@ class LatentCache:
 
     def batch(self, items: Sequence[int]) -> Batch:
         """The items as one batch on the CPU. Raises `MvwanError` for an entry that is damaged."""
-        entries = [_read(self._keys.samples[item], _SAMPLE) for item in items]
+        entries = [_read(self._keys.samples[item]) for item in items]
         return Batch(
             sample_ids=tuple(self._keys.sample_ids[item] for item in items),
             rgb=torch.stack([entry["rgb"] for entry in entries]),
@@ -105,7 +104,7 @@ class LatentCache:
 def is_complete(folder: str | Path, dataset: WindowDataset, codec_digest: str, sigma_px: float) -> bool:
     """Whether every entry is there and whole: then `build_cache`, and the codec it needs, can be left out."""
     keys = _keys(Path(folder), dataset, codec_digest, sigma_px)
-    return all(_state(path, kind) == "whole" for paths, kind in ((keys.samples, _SAMPLE), (keys.texts, _TEXT)) for path in set(paths))
+    return all(_state(path) == "whole" for path in {*keys.samples, *keys.texts})
 
 
 def build_cache(dataset: WindowDataset, codec: LatentCodec, folder: str | Path, sigma_px: float, progress: bool = True) -> LatentCache:
@@ -118,7 +117,7 @@ def build_cache(dataset: WindowDataset, codec: LatentCodec, folder: str | Path, 
     bar = tqdm(total=len(keys.samples), desc="encode windows", unit="window", disable=not progress)
     with bar:
         for item, path in enumerate(keys.samples):
-            state = _state(path, _SAMPLE)
+            state = _state(path)
             if state == "damaged":
                 healed += 1
                 tqdm.write(f"latent cache: {keys.sample_ids[item]} was damaged and is encoded again")
@@ -128,7 +127,7 @@ def build_cache(dataset: WindowDataset, codec: LatentCodec, folder: str | Path, 
                 _write(path, _encode(sample, codec, sigma_px))
             bar.update()
     for path, instruction in dict(zip(keys.texts, keys.instructions, strict=True)).items():
-        if _state(path, _TEXT) != "whole":
+        if _state(path) != "whole":
             _write(path, {"text": codec.encode_text([instruction])[0]})
     return LatentCache(keys, encoded, healed)
 
@@ -150,18 +149,18 @@ def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         write_tensors(partial, tensors, {"digest": digest(tensors)})
 
 
-def _state(path: Path, kind: Mapping[str, tuple[str, int]]) -> str:
+def _state(path: Path) -> str:
     """`whole`, `damaged` or `absent`."""
     if not path.is_file():
         return "absent"
     try:
-        _read(path, kind)
+        _read(path)
     except MvwanError:
         return "damaged"
     return "whole"
 
 
-def _read(path: Path, kind: Mapping[str, tuple[str, int]]) -> dict[str, torch.Tensor]:
+def _read(path: Path) -> dict[str, torch.Tensor]:
     again = "Start the run again: it encodes the entry anew."
     try:
         file = TensorFile(path)
@@ -170,7 +169,8 @@ def _read(path: Path, kind: Mapping[str, tuple[str, int]]) -> dict[str, torch.Te
         raise MvwanError(f"latent cache entry {error}. {again}") from None
     if file.metadata.get("digest") != digest(tensors):
         raise MvwanError(f"latent cache entry {path}: damaged, its bits are not those that were written. {again}")
+    needed = _HELD.get(path.parent.name, _HELD["samples"])
     held = {name: (file.dtypes[name], len(shape)) for name, shape in file.shapes.items()}
-    if held != kind:
-        raise MvwanError(f"latent cache entry {path}: holds {held}, needs {dict(kind)}. {again}")
+    if held != needed:
+        raise MvwanError(f"latent cache entry {path}: holds {held}, needs {needed}. {again}")
     return tensors
