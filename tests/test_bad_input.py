@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mvwan import cli
+from mvwan import cli_checkpoint
 from mvwan.checkpoint import TRAINED, find_checkpoint, load_trained, read_manifest, read_optimizer, save_checkpoint
 from mvwan.compatibility import check_identity, check_resume, load_into
 from mvwan.config import Config, config_from_dict, dump_yaml, parse_overrides, read_yaml
@@ -276,7 +276,7 @@ def test_a_manifest_that_is_committed_but_wrong(checkpoint: Path) -> None:
 
     def use(found: dict[str, Any]) -> None:
         check_identity(found, checkpoint, base="sha256:0", views=3, fusion="channel", rank=2, alpha=2.0)
-        cli._manifest_table(found, 2)
+        cli_checkpoint._manifest_table(found, 2)
         config_from_dict(found["config"], "checkpoint config")
         check_resume(found, now, checkpoint)
 
