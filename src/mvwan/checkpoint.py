@@ -322,7 +322,8 @@ def _load_checked(folder: Path, name: str, manifest: Mapping[str, Any]) -> Tenso
 
 
 def _damaged(path: Path, why: str = "its digest is not the one recorded when it was saved") -> MvwanError:
-    return MvwanError(f"{path}: damaged, {why}. Use another checkpoint of the run.")
+    way_out = "Use another checkpoint of the run; without this folder, --resume goes on from the one before"
+    return MvwanError(f"{path}: damaged, {why}. {way_out}.")
 
 
 def _load_older(path: Path) -> Trained:
