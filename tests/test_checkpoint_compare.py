@@ -97,7 +97,7 @@ def test_what_digests_cannot_see_is_found(tmp_path: Path) -> None:
         ),
         ("ema nan", lambda path: rewrite(path / "ema.safetensors", **{name: nan}), nothing, "ema.safetensors: NaN"),
         ("moment", lambda path: rewrite(path / "optimizer.safetensors", **{f"exp_avg__{name}": torch.ones(2)}), nothing, f"exp_avg/{name}"),
-        ("state", lambda path: write_json(path / "state.json", {"step": 5}), nothing, "is not of step 4"),
+        ("state", lambda path: write_json(path / "state.json", {"step": 5}), nothing, "its step is not that of the manifest"),
     ]
     for case, damage, change, says in cases:
         save_run(tmp_path / case, ema=True)

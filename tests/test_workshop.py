@@ -48,8 +48,8 @@ def test_lock_holds_exact_versions_and_no_index() -> None:
 
 
 def requirements() -> list[str]:
-    """Of all but deepspeed, which compiles for the machine it is on: who wants it installs it beside the lock."""
-    extras = [lines for extra, lines in PROJECT["optional-dependencies"].items() if extra != "deepspeed"]
+    """Of all extras but those that pyproject says are not in the lock file."""
+    extras = [lines for name, lines in PROJECT["optional-dependencies"].items() if name not in ("deepspeed", "fuzz")]
     return PROJECT["dependencies"] + [line for lines in extras for line in lines]
 
 

@@ -16,6 +16,7 @@ from mvwan.errors import MvwanError
 _ROTATION_TOLERANCE = 1e-4
 _PARALLEL_RAYS = 1e-10
 _REFINE_STEPS = 8
+_LARGEST_PX = 2**15
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,11 +34,13 @@ class Camera:
     kind: Literal["pinhole", "orthographic"] = "pinhole"
 
     def __post_init__(self) -> None:
+        if type(self.name) is not str or not self.name:
+            raise MvwanError(f"camera {self.name!r}: name must be a text")
         for field, shape in (("intrinsics", (3, 3)), ("world_to_camera", (4, 4))):
             object.__setattr__(self, field, _matrix(self.name, field, getattr(self, field), shape))
         for field in ("width_px", "height_px"):
-            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
-                raise MvwanError(f"camera {self.name}: {field}={getattr(self, field)!r}, must be a whole number of at least 1")
+            if type(getattr(self, field)) is not int or not 1 <= getattr(self, field) <= _LARGEST_PX:
+                raise MvwanError(f"camera {self.name}: {field}={getattr(self, field)!r}, must be a whole number from 1 to {_LARGEST_PX}")
         if self.kind not in ("pinhole", "orthographic"):
             raise MvwanError(f"camera {self.name}: kind={self.kind!r}, must be 'pinhole' or 'orthographic'")
         if not np.allclose(self.intrinsics[2], (0, 0, 1)) or abs(np.linalg.det(self.intrinsics)) == 0:
@@ -107,6 +110,8 @@ class Camera:
     def from_dict(cls, values: Mapping[str, Any]) -> "Camera":
         """The camera written by `to_dict`. `MvwanError` for a missing, unknown or impossible field."""
         names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] - it comes from a file
+            raise MvwanError(f"camera {values!r}: must be an object; a camera has {names}")
         missing = [name for name in names if name not in values and name != "kind"]
         unknown = [name for name in values if name not in names]
         if missing or unknown:
@@ -118,7 +123,7 @@ def _matrix(camera: str, field: str, values: Any, shape: tuple[int, int]) -> np.
     """`values` as a read-only float64 array of that shape, or `MvwanError`."""
     try:
         array = np.array(values, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise MvwanError(f"camera {camera}: {field} must be numbers, got {values!r}") from None
     if array.shape != shape or not np.isfinite(array).all():
         raise MvwanError(f"camera {camera}: {field} has shape {array.shape}, needs {shape} finite numbers")

@@ -19,6 +19,8 @@ A file of the older system (bare safetensors, Wan-native names, no metadata) loa
 Whether its tensors fit a model is asked in `compatibility`. Knows no optimizer, no loop and no file outside a checkpoint.
 """
 
+import math
+import os
 import re
 from collections.abc import Mapping
 from importlib import metadata
@@ -50,6 +52,9 @@ LATEST, BEST = "latest", "best"
 TRAINED, EMA, OPTIMIZER, STATE, MANIFEST = "trained.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _VERSIONED = ("mvwan", "torch", "diffusers", "peft", "accelerate", "safetensors")
 _NEEDED = {"format_version": int, "base": dict, "views": int, "fusion": str, "groups": dict, "lora": dict, "step": int, "config": dict}
+_NEEDED |= {"files": dict, "unfreeze_modulation_and_norms": bool}
+_STEPS_END = 2**53
+"""No count is larger: float64 holds them all."""
 
 
 class Trained(NamedTuple):
@@ -177,11 +182,11 @@ def find_checkpoint(path: str | Path) -> Path:
     `…/checkpoints/best` and `…/checkpoints/latest` mean the folder they name. Raises `MvwanError` when there is none.
     """
     path = Path(path)
-    if path.is_file() and path.name in (LATEST, BEST) and path.parent.name == "checkpoints":
+    if os.path.isfile(path) and path.name in (LATEST, BEST) and path.parent.name == "checkpoints":
         path = path.parent / _pointed_to(path)
-    if path.is_file():
+    if os.path.isfile(path):
         return path.parent if path.name == TRAINED and is_committed(path.parent) else path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise MvwanError(
             f"checkpoint {path}: no such file or folder. Give a run's output folder, a checkpoint folder or a .safetensors file."
         )
@@ -214,10 +219,38 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
         version = manifest.get("format_version") if isinstance(manifest, dict) else None
         raise MvwanError(f"checkpoint {folder}: format version {version!r}; this mvwan reads {FORMAT_VERSION}. Install a matching mvwan.")
-    wrong = [name for name, kind in _NEEDED.items() if not isinstance(manifest.get(name), kind)]
+    wrong = _unusable(manifest)
     if wrong:
         raise MvwanError(f"checkpoint {folder}: its manifest has no usable {', '.join(wrong)}. Use another checkpoint.")
     return manifest
+
+
+def _unusable(manifest: Mapping[str, Any]) -> list[str]:
+    """Names of the fields that are missing or cannot be what they are read as."""
+    wrong = [name for name, kind in _NEEDED.items() if not isinstance(manifest.get(name), kind)]
+    if wrong:
+        return wrong
+    rank, alpha = manifest["lora"].get("rank"), manifest["lora"].get("alpha")
+    usable = {
+        "views": manifest["views"] >= 1,
+        "fusion": manifest["fusion"] in ("channel", "view"),
+        "step": 0 <= manifest["step"] < _STEPS_END,
+        "base": {"id", "digest"} <= manifest["base"].keys() and all(isinstance(manifest["base"][key], str) for key in ("id", "digest")),
+        "lora.rank": isinstance(rank, int) and 1 <= rank < _STEPS_END,
+        "lora.alpha": isinstance(alpha, int | float) and 0 < alpha < math.inf,
+        "data": isinstance(manifest.get("data", {}), dict),
+        "trainable_changes": isinstance(manifest.get("trainable_changes", []), list),
+        "files": all(isinstance(value, str) for value in manifest["files"].values()),
+    }
+    kinds = {"mode": str, "parameters": int, "tensors": int, "dtype": str, "digest": str, "names": list}
+    for group, entry in manifest["groups"].items():
+        usable[f"groups.{group}"] = (
+            isinstance(entry, dict)
+            and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+            and entry["mode"] in ("frozen", "full", "lora")
+            and all(isinstance(name, str) for name in entry["names"])
+        )
+    return [name for name, fine in usable.items() if not fine]
 
 
 def load_trained(path: str | Path, ema: bool = False) -> Trained:
@@ -236,16 +269,27 @@ def load_trained(path: str | Path, ema: bool = False) -> Trained:
             raise MvwanError(
                 f"checkpoint {found}: holds no moving average; the run had train.ema_decay=0. Load the trained tensors instead."
             )
-        return Trained(_load_checked(found, EMA, manifest), manifest)
+        tensors = _load_checked(found, EMA, manifest)
+        _check_tensors(tensors, manifest)
+        return Trained(tensors, manifest)
     tensors = TensorFile(found / TRAINED)
     groups = manifest["groups"]
-    named = {name for group in groups.values() for name in group["names"]}
-    if named != tensors.keys():
-        raise _damaged(found / TRAINED, f"its tensors are not those of the manifest: {', '.join(sorted(named ^ tensors.keys())[:3])}")
+    _check_tensors(tensors, manifest)
     changed = [name for name, group in groups.items() if digest({key: tensors[key] for key in group["names"]}) != group["digest"]]
     if changed:
         raise _damaged(found / TRAINED, f"the group {changed[0]} has other bits than when it was saved")
     return Trained(tensors, manifest)
+
+
+def _check_tensors(tensors: TensorFile, manifest: Mapping[str, Any]) -> None:
+    """Nothing, or `MvwanError` when they are not those of the manifest, or what was trained is not float32."""
+    named = {name: group["mode"] for group in manifest["groups"].values() for name in group["names"]}
+    if named.keys() != tensors.keys():
+        other = ", ".join(sorted(named.keys() ^ tensors.keys())[:3])
+        raise _damaged(tensors.path, f"its tensors are not those of the manifest: {other}")
+    for name, mode in named.items():
+        if mode != "frozen" and tensors.dtypes[name] != "float32":
+            raise _damaged(tensors.path, f"{name} is {tensors.dtypes[name]}, what was trained is float32")
 
 
 def read_optimizer(path: str | Path) -> tuple[TensorFile, dict[str, Any]]:
@@ -255,11 +299,20 @@ def read_optimizer(path: str | Path) -> tuple[TensorFile, dict[str, Any]]:
     tensors = _load_checked(folder, OPTIMIZER, manifest)
     if manifest["files"].get(STATE) != sha256_file(folder / STATE):
         raise _damaged(folder / STATE)
+    wrong = [f"{name} is {dtype}" for name, dtype in tensors.dtypes.items() if dtype != "float32"]
+    if wrong:
+        raise _damaged(folder / OPTIMIZER, f"{wrong[0]}, moments are float32")
     state = read_json(folder / STATE)
-    updates = state.get("updates") if isinstance(state, dict) else None
-    if not isinstance(updates, dict) or not all(isinstance(count, int) and count >= 0 for count in updates.values()):
+    if not isinstance(state, dict) or state.get("step") != manifest["step"]:
+        raise _damaged(folder / STATE, "its step is not that of the manifest")
+    updates = state.get("updates")
+    if not isinstance(updates, dict) or not all(_is_count(count) for count in updates.values()):
         raise _damaged(folder / STATE, "it has no usable count of updates per group")
     return tensors, state
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < _STEPS_END
 
 
 def _load_checked(folder: Path, name: str, manifest: Mapping[str, Any]) -> TensorFile:
@@ -269,7 +322,8 @@ def _load_checked(folder: Path, name: str, manifest: Mapping[str, Any]) -> Tenso
 
 
 def _damaged(path: Path, why: str = "its digest is not the one recorded when it was saved") -> MvwanError:
-    return MvwanError(f"{path}: damaged, {why}. Use another checkpoint of the run.")
+    way_out = "Use another checkpoint of the run; without this folder, --resume goes on from the one before"
+    return MvwanError(f"{path}: damaged, {why}. {way_out}.")
 
 
 def _load_older(path: Path) -> Trained:
@@ -282,10 +336,14 @@ def _load_older(path: Path) -> Trained:
     except MvwanError as error:
         raise MvwanError(f"{path}: not a checkpoint of mvwan or of the older system; {error}") from None
     tensors = stored.renamed(names)
-    ranks = {shape[0] for name, shape in tensors.shapes.items() if ".lora_A." in name}
+    ranks: dict[int, list[str]] = {}
+    for name, shape in tensors.shapes.items():
+        if ".lora_A." in name:
+            ranks.setdefault(shape[0] if shape else 0, []).append(name)
     if len(ranks) > 1:
-        raise MvwanError(f"{path}: its LoRA adapters have ranks {sorted(ranks)}; one rank for all is needed")
-    rank = ranks.pop() if ranks else None
+        rarest = min(ranks.values(), key=len)[0]
+        raise MvwanError(f"{path}: its LoRA adapters have ranks {sorted(ranks)}, the rarest in {rarest}; one rank for all is needed")
+    rank = next(iter(ranks), None)
     manifest = {
         "format_version": OLDER_SYSTEM,
         "base": {"id": None, "digest": None},

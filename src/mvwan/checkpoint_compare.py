@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from mvwan.checkpoint import EMA, OLDER_SYSTEM, OPTIMIZER, STATE, TRAINED, Trained, find_checkpoint, load_trained, read_manifest
+from mvwan.checkpoint import EMA, OLDER_SYSTEM, OPTIMIZER, TRAINED, Trained, find_checkpoint, load_trained, read_manifest, read_optimizer
 from mvwan.compatibility import check_identity
 from mvwan.config import config_from_dict
 from mvwan.errors import MvwanError
-from mvwan.files import read_json, sha256_file
+from mvwan.files import sha256_file
 from mvwan.model.surgery import adapt
 from mvwan.model.trainable import adapted_weight, names_by_group, parameters_by_name, stock_name
 from mvwan.model.trainable_table import NOTHING
@@ -62,12 +62,10 @@ def verify_checkpoint(path: str | Path) -> tuple[Path, str]:
         held[EMA] = TensorFile(found / EMA)
         _check_names(found / EMA, held[EMA].shapes, shapes)
     if OPTIMIZER in manifest["files"]:
-        held[OPTIMIZER] = TensorFile(found / OPTIMIZER)
+        held[OPTIMIZER], _ = read_optimizer(found)  # and the state beside it
         trains = [name for group in manifest["groups"].values() if group["mode"] != "frozen" for name in group["names"]]
         moments = {f"{moment}/{name}": shapes[name] for name in trains for moment in ("exp_avg", "exp_avg_sq")}
         _check_names(found / OPTIMIZER, held[OPTIMIZER].shapes, moments)
-    if STATE in manifest["files"]:
-        _check_state(found / STATE, manifest["step"])
     for name, file in held.items():
         _check_finite(found / name, file)
     count, num_files = sum(len(file) for file in held.values()), len(manifest["files"])
@@ -105,12 +103,6 @@ def _check_names(path: Path, shapes: Mapping[str, _Shape], expected: Mapping[str
     wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
     if wrong:
         raise MvwanError(f"{path}: its tensors are not those of {TRAINED}: {_some(wrong)}. Use another checkpoint of the run.")
-
-
-def _check_state(path: Path, step: int) -> None:
-    state = read_json(path)
-    if not isinstance(state, dict) or state.get("step") != step:
-        raise MvwanError(f"{path}: is not of step {step}, which the manifest says. Use another checkpoint of the run.")
 
 
 def _check_finite(path: Path, tensors: TensorFile) -> None:

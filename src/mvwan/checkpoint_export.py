@@ -20,12 +20,12 @@ import torch
 from safetensors import SafetensorError
 
 from mvwan.checkpoint import OLDER_SYSTEM, find_checkpoint, load_trained
-from mvwan.config import TrainableConfig, config_from_dict
+from mvwan.config import TrainableConfig
 from mvwan.errors import MvwanError, nearest
 from mvwan.files import whole_directory, whole_file, write_file
 from mvwan.model.multiview_wan import MultiViewWan
 from mvwan.model.native_names import to_native
-from mvwan.model.surgery import has_place_in_stock, load_model, obstacles_to_stock, to_stock
+from mvwan.model.surgery import has_place_in_stock, load_as_trained, load_model, obstacles_to_stock, to_stock
 from mvwan.model.trainable import MergeReport, adapted_weight, merge_adapters, names_by_group, parameters_by_name, stock_name
 from mvwan.model.wan import WanTransformer3DModel, in_float32_island
 from mvwan.tensors import TensorFile, digest, write_tensors
@@ -220,24 +220,10 @@ def _write_model(
 
 def _adapted(manifest: Mapping[str, Any], found: Path, base: str | Path | None, ema: bool) -> MultiViewWan:
     """The adapted model as the run computed with it; that of an older file with the base as stored."""
-    source = base or manifest["base"]["id"]
-    switch, fusion = manifest["unfreeze_modulation_and_norms"], manifest["fusion"]
     if manifest["format_version"] == OLDER_SYSTEM:
-        return load_model(source, found, fusion=fusion, unfreeze_modulation_and_norms=switch)[0]
-    config = config_from_dict(manifest["config"], f"checkpoint {found}: config")
-    return load_model(
-        source,
-        found,
-        views=manifest["views"],
-        fusion=fusion,
-        unfreeze_modulation_and_norms=switch,
-        dtype=getattr(torch, config.base.dtype),
-        trainable=config.trainable,
-        train=config.train,
-        random_weights=config.base.random_weights,
-        seed=config.seed,
-        ema=ema,
-    )[0]
+        switch = manifest["unfreeze_modulation_and_norms"]
+        return load_model(base or "", found, fusion=manifest["fusion"], unfreeze_modulation_and_norms=switch)[0]
+    return load_as_trained(found, base=base, ema=ema)[0]
 
 
 def _set_dtype(model: MultiViewWan, tensors: TensorFile, dtype: torch.dtype) -> None:

@@ -23,7 +23,7 @@ from mvwan.errors import MvwanError
 from mvwan.files import flatten
 from mvwan.model.trainable import SWITCH_GROUPS, parameters_by_name
 from mvwan.model.trainable_table import TrainableTable
-from mvwan.tensors import TensorFile
+from mvwan.tensors import TensorFile, dtype_name
 
 MAY_CHANGE_ON_RESUME = frozenset(
     {
@@ -36,6 +36,9 @@ MAY_CHANGE_ON_RESUME = frozenset(
 """Settings that a resumed run may change: none alters what a step computes. Data and base are compared by content, and the windows of
 a step (batch_size * gradient_accumulation * processes) as `items_per_step`. `train.steps` may not change under a cosine schedule."""
 
+
+_FIT_IN_FLOAT32 = ("float32", "bfloat16", "float16")
+"""Types whose every value float32 holds: nothing is rounded on loading."""
 
 Outcome = Literal["exact", "older", "newer", "conflict"]
 Purpose = Literal["infer", "train", "train changed"]
@@ -113,6 +116,10 @@ def load_into(
     shapes = tensors.shapes if isinstance(tensors, TensorFile) else {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     fit = compatibility(shapes, model, table)
     fit.require(purpose, path)
+    types = tensors.dtypes if isinstance(tensors, TensorFile) else {name: dtype_name(tensor.dtype) for name, tensor in tensors.items()}
+    rounded = [f"{name} is {dtype}" for name, dtype in types.items() if dtype not in _FIT_IN_FLOAT32]
+    if rounded:
+        raise MvwanError(f"checkpoint {path}: {_some(rounded)}; needs {', '.join(_FIT_IN_FLOAT32)}. Save it again as float32.")
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise MvwanError(f"checkpoint {path}: NaN or infinity in {_some(broken)}. Use another checkpoint.")

@@ -5,6 +5,8 @@ type or a value out of range is one `MvwanError` that names the field and what i
 """
 
 import dataclasses
+import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,15 +16,19 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from mvwan.errors import MvwanError, nearest
+from mvwan.files import read_text
 from mvwan.shapes import check_num_frames, check_picture_size
 
-_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+_LARGEST_SETTINGS, _LARGEST_NUMBER = 100_000, 2**53
 
 
 def _positive(field: str, value: float, minimum: float = 0, *, allow_minimum: bool = False) -> None:
     if value < minimum or (value == minimum and not allow_minimum):
         bound = "at least" if allow_minimum else "more than"
-        raise MvwanError(f"{field}={value}: must be {bound} {minimum}. Set {field}.")
+        raise MvwanError(f"{field}={_shown(value)}: must be {bound} {minimum}. Set {field}.")
+    if value > _LARGEST_NUMBER:
+        raise MvwanError(f"{field}={_shown(value)}: must be at most {_LARGEST_NUMBER}. Set {field}.")
 
 
 def _share(field: str, value: float) -> None:
@@ -267,6 +273,7 @@ class Config:
     """Seed of new weights, data order, sigma, noise and augmentation."""
 
     def __post_init__(self) -> None:
+        _positive("seed", self.seed, allow_minimum=True)
         latent_frames = (self.data.num_frames - 1) // 4 + 1
         if self.train.condition_frames >= latent_frames:
             raise MvwanError(
@@ -320,7 +327,7 @@ def _one_sentence(error: ValidationError, where: str) -> str:
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{where}: no field {name!r}.{nearest(name, field_names())} `mvwan train --dry-run` prints all fields."
-    return f"{where}: {name}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}. Set {name}."
+    return f"{where}: {name}={_shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}. Set {name}."
 
 
 def merge(base: Mapping[str, Any], *overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -336,17 +343,53 @@ def merge(base: Mapping[str, Any], *overrides: Mapping[str, Any]) -> dict[str, A
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. `MvwanError` when the file is missing, is not YAML, or is no mapping."""
+    if not os.path.exists(path):
+        raise MvwanError(f"{path}: no such configuration file")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MvwanError(f"{path}: no such configuration file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MvwanError(f"{path}: not a YAML file ({str(error).splitlines()[0]})") from None
+        values = _yaml_value(read_text(path))
+    except _NotYamlError as error:
+        raise MvwanError(f"{path}: not a YAML file of settings ({error})") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise MvwanError(f"{path}: a mapping of sections is needed, got {type(values).__name__}")
     return cast("dict[str, Any]", values)
+
+
+class _NotYamlError(ValueError):
+    """Why a text is no settings."""
+
+
+class _SettingsLoader(yaml.SafeLoader):
+    """Plain YAML. Aliases, of which a few lines can make gigabytes, and names given twice are errors."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # pyright: ignore[reportUnknownMemberType]
+            raise yaml.YAMLError("aliases (*name) are not read; write the value out")
+        return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
+        if len(set(names)) < len(names):
+            raise yaml.YAMLError(f"{Counter(names).most_common(1)[0][0]!r} is there twice")
+        return node
+
+
+def _yaml_value(text: str) -> Any:
+    if len(text) > _LARGEST_SETTINGS:
+        raise _NotYamlError(f"{len(text):,} characters; settings have at most {_LARGEST_SETTINGS:,}")
+    try:
+        return yaml.load(text, _SettingsLoader)
+    except Exception as error:  # noqa: BLE001 - PyYAML raises nearly anything for a value that belies its tag
+        raise _NotYamlError((str(error).splitlines() or [type(error).__name__])[0]) from None
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # a whole number of too many digits, a list too deep
+        return f"a {type(value).__name__} too large to show"
 
 
 def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
@@ -357,9 +400,9 @@ def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
         if not equals or not name:
             raise MvwanError(f"--set {setting}: needs the form section.field=value, for example --set train.steps=100")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise MvwanError(f"--set {setting}: {text!r} is not a YAML value") from None
+            value = _yaml_value(text)
+        except _NotYamlError as error:
+            raise MvwanError(f"--set {setting}: {text!r} is not a YAML value ({error})") from None
         section = value
         for part in reversed(name.split(".")):
             section = {part: section}

@@ -6,9 +6,24 @@ Knows nothing of what went wrong; every room words its own message: what was giv
 import difflib
 from collections.abc import Iterable
 
+_LONGEST_MESSAGE = 2000
+
 
 class MvwanError(ValueError):
-    """A mistake in what the user gave. The command line prints it as one sentence and exits with code 2."""
+    """A mistake in what the user gave. The command line prints it as one sentence and exits with code 2.
+
+    Its message is one line of printable characters, whatever names from files it quotes.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(_one_line(str(message)))
+
+
+def _one_line(text: str) -> str:
+    """`text` with what a terminal would act upon escaped, and the middle of an endless name left out."""
+    if len(text) > _LONGEST_MESSAGE:
+        text = f"{text[: _LONGEST_MESSAGE // 2]} … {text[-_LONGEST_MESSAGE // 2 :]}"
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text)
 
 
 class PreemptedError(RuntimeError):
@@ -20,5 +35,5 @@ class PreemptedError(RuntimeError):
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the allowed name closest to `name`, or an empty string when none is close."""
-    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:100], list(allowed), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, JSON, hashes, commit marks, pickles of strangers.
+"""Files that are whole or not there: atomic writes, JSON, hashes, commit marks.
 
 A write goes to a hidden sibling first and takes its name in one rename, after its bytes are on the disk: a killed process leaves
 the old file, or a hidden `.<name>.<random>.partial` that `remove_leftovers` clears. Knows nothing of what is in the files.
@@ -6,12 +6,11 @@ the old file, or a hidden `.<name>.<random>.partial` that `remove_leftovers` cle
 
 import errno
 import hashlib
-import io
 import json
 import os
-import pickle
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from mvwan.errors import MvwanError
 
 COMMIT_MARK = "COMMITTED"
 _PARTIAL = ".partial"
+_DEEPEST_JSON = 100
 _DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
@@ -158,37 +158,68 @@ def flatten(values: Mapping[str, Any], separator: str) -> dict[str, Any]:
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file. `MvwanError` when the file is missing, cannot be read, or is not JSON."""
     try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        return _json_value(read_text(path))
+    except (_NotJsonError, RecursionError) as error:
         raise MvwanError(f"{path}: not a JSON file ({error})") from None
 
 
 def read_json_lines(path: str | Path) -> list[Any]:
     """The values in a file of JSON lines, none when it is missing; a last line that a killed writer left unfinished is left out."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         return []
     whole, _, _ = read_text(path).rpartition("\n")
     try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except (json.JSONDecodeError, RecursionError) as error:
+        return [_json_value(line) for line in whole.split("\n") if line]
+    except (_NotJsonError, RecursionError) as error:
         raise MvwanError(f"{path}: a line is not JSON ({error})") from None
+
+
+class _NotJsonError(ValueError):
+    """Why a text is no JSON value."""
+
+
+def _json_value(text: str) -> Any:
+    """The value in `text`, by the letter of JSON: no NaN, no name twice in an object; and nested no deeper than recursion reaches."""
+    try:
+        value = json.loads(text, object_pairs_hook=_named_once, parse_constant=_no_number)
+    except ValueError as error:  # also for a whole number of too many digits
+        raise _NotJsonError(error) from None
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_DEEPEST_JSON):
+        nested = (outer.values() if isinstance(outer, dict) else outer for outer in level)
+        level = [item for items in nested for item in items if isinstance(item, dict | list)]
+        if not level:
+            return value
+    raise _NotJsonError(f"nested deeper than {_DEEPEST_JSON} levels")
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise _NotJsonError(f"an object has {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} twice")
+    return values
+
+
+def _no_number(constant: str) -> Any:
+    raise _NotJsonError(f"{constant} is no number of JSON")
 
 
 def read_text(path: str | Path) -> str:
     """The UTF-8 text of a file. `MvwanError` when the file is missing or is not text."""
     try:
-        return _read_bytes(path).decode("utf-8")
+        return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError:
         raise MvwanError(f"{path}: not a text file (its bytes are not UTF-8)") from None
 
 
-def _read_bytes(path: str | Path) -> bytes:
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of a file. `MvwanError` when the file is missing or cannot be read."""
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
         raise MvwanError(f"{path}: no such file") from None
-    except OSError as error:
-        raise MvwanError(f"{path}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise MvwanError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
 
 
 def sha256_file(path: str | Path) -> str:
@@ -196,8 +227,8 @@ def sha256_file(path: str | Path) -> str:
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise MvwanError(f"{path}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:
+        raise MvwanError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
 
 
 def sha256_json(value: Any) -> str:
@@ -213,41 +244,4 @@ def mark_committed(folder: str | Path, text: str = "") -> None:
 
 def is_committed(folder: str | Path) -> bool:
     """Whether the folder carries its commit mark."""
-    return (Path(folder) / COMMIT_MARK).is_file()
-
-
-_ALLOWED_IN_PICKLES = {
-    ("builtins", "bytearray"),
-    ("builtins", "complex"),
-    ("builtins", "set"),
-    ("builtins", "frozenset"),
-    ("collections", "OrderedDict"),
-    ("_codecs", "encode"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-}
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        module_name = "builtins" if module_name == "__builtin__" else module_name
-        if (module_name, global_name) not in _ALLOWED_IN_PICKLES:
-            raise MvwanError(f"it names {module_name}.{global_name}")
-        return super().find_class(module_name.replace("numpy.core.", "numpy._core."), global_name)
-
-
-def read_pickle(path: str | Path) -> Any:
-    """The value in a pickle that may come from a stranger: numpy arrays, and plain Python numbers, strings and containers.
-
-    `MvwanError` when the file is missing, is damaged, or names anything else; nothing that it names is imported or run.
-    """
-    try:
-        return _RestrictedUnpickler(io.BytesIO(_read_bytes(path))).load()
-    except MvwanError as error:
-        if str(error).startswith(str(path)):
-            raise
-        raise MvwanError(f"{path}: refused, {error}; only numpy arrays and plain Python values are read from pickles") from None
-    except Exception as error:  # noqa: BLE001 - a damaged pickle raises nearly anything
-        raise MvwanError(f"{path}: not a readable pickle ({type(error).__name__})") from None
+    return os.path.isfile(Path(folder) / COMMIT_MARK)

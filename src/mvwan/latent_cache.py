@@ -29,6 +29,8 @@ from mvwan.tensors import TensorFile, digest, write_tensors
 _FORMAT = 1
 """Raised whenever the code changes what an entry holds."""
 _TEXTS_IN_MEMORY = 256
+_HELD = {"samples": {"rgb": ("float32", 5), "heat": ("float32", 5), "heat_valid": ("bool", 2)}, "text": {"text": ("float32", 2)}}
+"""Type and number of axes of each tensor of an entry."""
 
 
 @dataclass(frozen=True)
@@ -167,4 +169,8 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         raise MvwanError(f"latent cache entry {error}. {again}") from None
     if file.metadata.get("digest") != digest(tensors):
         raise MvwanError(f"latent cache entry {path}: damaged, its bits are not those that were written. {again}")
+    needed = _HELD.get(path.parent.name, _HELD["samples"])
+    held = {name: (file.dtypes[name], len(shape)) for name, shape in file.shapes.items()}
+    if held != needed:
+        raise MvwanError(f"latent cache entry {path}: holds {held}, needs {needed}. {again}")
     return tensors

@@ -3,7 +3,6 @@
 Reads the files of `train` and `evaluate`. Knows no page.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mvwan.evaluate import load_prediction
-from mvwan.files import read_json, read_text
+from mvwan.files import read_json, read_json_lines, read_text
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,7 +43,7 @@ class RunRecord:
     @cached_property
     def log(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
-        return [json.loads(line) for line in read_text(self.folder / "metrics.jsonl").splitlines() if line.strip()]
+        return read_json_lines(self.folder / "metrics.jsonl")
 
     def training(self, stream: str) -> list[tuple[float, float | None]]:
         """(step, loss) of a stream, `rgb` or `heat`."""

@@ -17,7 +17,7 @@ from mvwan import flow, heatmaps, pictures
 from mvwan.batch import Prediction
 from mvwan.cameras import Camera
 from mvwan.checkpoint import find_checkpoint, read_manifest
-from mvwan.config import Config, config_from_dict
+from mvwan.config import Config
 from mvwan.errors import MvwanError
 from mvwan.files import whole_directory, write_file, write_json
 from mvwan.model import surgery
@@ -50,24 +50,9 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = F
             f"checkpoint {path}: a file of the older system does not know its base, views and pictures. Give a run's folder, or load "
             "it with mvwan.load_model(base, checkpoint=...) and give the model, codec and config to mvwan.predict."
         )
-    manifest = read_manifest(folder)
-    config = config_from_dict(manifest["config"], f"checkpoint {folder}: config")
-    model, _ = surgery.load_model(
-        config.base.source,
-        checkpoint=folder,
-        views=config.model.views,
-        fusion=config.model.fusion,
-        unfreeze_modulation_and_norms=config.unfreeze_modulation_and_norms,
-        dtype=getattr(torch, config.base.dtype),
-        trainable=config.trainable,
-        train=config.train,
-        device=device,
-        random_weights=config.base.random_weights,
-        seed=config.seed,
-        ema=ema,
-    )
+    model, config = surgery.load_as_trained(folder, device=device, ema=ema)
     codec = LatentCodec.load(config.base.codec or config.base.source, config.data.text_tokens)
-    return LoadedRun(model=model, codec=codec, config=config, checkpoint=folder, step=manifest["step"])
+    return LoadedRun(model=model, codec=codec, config=config, checkpoint=folder, step=read_manifest(folder)["step"])
 
 
 def predict(

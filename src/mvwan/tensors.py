@@ -4,14 +4,28 @@ Knows no parameter name and no folder; who writes makes the file whole (`files.w
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mvwan.errors import MvwanError
+
+_UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError)
+"""What a damaged file makes safetensors and torch raise: a type that this torch lacks is an AttributeError, an impossible shape a
+RuntimeError."""
+_DTYPE_NAMES = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "C": "complex"}
+
+
+def dtype_name(dtype: Any) -> str:
+    """`float32` for torch.float32 and for the `F32` of a safetensors header alike."""
+    text = str(dtype).removeprefix("torch.")
+    kind, bits = text.rstrip("0123456789"), text[len(text.rstrip("0123456789")) :]
+    return f"{_DTYPE_NAMES[kind]}{bits}" if kind in _DTYPE_NAMES else text.lower()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -35,13 +49,15 @@ class TensorFile(Mapping[str, torch.Tensor]):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):
             raise MvwanError(f"{path}: no such file")
         try:
             with safe_open(self.path, "pt") as file:
-                self.shapes: dict[str, tuple[int, ...]] = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                self.shapes: dict[str, tuple[int, ...]] = {name: tuple(part.get_shape()) for name, part in slices.items()}
+                self.dtypes: dict[str, str] = {name: dtype_name(part.get_dtype()) for name, part in slices.items()}
                 self.metadata: dict[str, str] = file.metadata() or {}
-        except (SafetensorError, OSError, ValueError) as error:
+        except _UNREADABLE as error:
             raise self._unreadable(error) from None
         self._stored = {name: name for name in self.shapes}
 
@@ -51,14 +67,16 @@ class TensorFile(Mapping[str, torch.Tensor]):
         other._stored = {names[name]: name for name in self.shapes}
         assert len(other._stored) == len(self.shapes), "two tensors under one name"
         other.shapes = {names[name]: shape for name, shape in self.shapes.items()}
+        other.dtypes = {names[name]: dtype for name, dtype in self.dtypes.items()}
         return other
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        stored = self._stored[name]
         try:
             # Opened anew for each tensor: an open file keeps all the pages that were ever read.
             with safe_open(self.path, "pt") as file:
-                return file.get_tensor(self._stored[name])
-        except (SafetensorError, OSError, ValueError) as error:
+                return file.get_tensor(stored)
+        except _UNREADABLE as error:
             raise self._unreadable(error) from None
 
     def __iter__(self) -> Iterator[str]:

@@ -399,7 +399,7 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
         first_step=step,
         average=MovingAverage(own, config.train.ema_decay, averaged),
         writer=CheckpointWriter(output, config.train.keep_last, config.train.keep_best, config.train.async_save),
-        history=[line for line in read_json_lines(output / "metrics.jsonl") if line["step"] <= step] if found else [],
+        history=_history(output / "metrics.jsonl", step) if found else [],
     )
     # At the very end of a cosine, where a run may be resumed, steps are too small to tell from standing still.
     rates_are_alive = all(group["lr"] > 1e-3 * group["initial_lr"] for group in optimizer.param_groups)
@@ -411,6 +411,14 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
     # TensorBoard then hides what a killed run logged after its last checkpoint.
     accelerator.init_trackers("mvwan", init_kwargs={"tensorboard": {"purge_step": step + 1}} if found else {})
     return state
+
+
+def _history(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl up to `step`: what a killed run logged after its last checkpoint will be logged again."""
+    lines = read_json_lines(path)
+    if not all(isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("kind"), str) for line in lines):
+        raise MvwanError(f"{path}: a line is not one that training wrote. Restore or remove the file, then resume.")
+    return [line for line in lines if line["step"] <= step]
 
 
 def _introduce(state: State, training: WindowDataset) -> None:

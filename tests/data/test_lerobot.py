@@ -66,7 +66,7 @@ def copy(written, tmp_path):
 def rewrite(path, change):
     """Rewrites a parquet file with `change(list of rows)`."""
     table = pq.read_table(path)
-    pq.write_table(pa.Table.from_pylist(change(table.to_pylist())), path)
+    pq.write_table(pa.Table.from_pylist(change(table.to_pylist()), table.schema), path)
 
 
 def edit_json(path, change):

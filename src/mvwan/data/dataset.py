@@ -5,6 +5,7 @@ no file format: `read_episodes` only finds out which reader a folder needs.
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -30,7 +31,7 @@ def read_episodes(root: str | Path, cameras: Sequence[str] | None = None) -> tup
     """The episodes in the folder `root`, seen by `cameras` (None: all). `MvwanError` when it is missing or holds no known dataset."""
     folder = Path(root)
     understood = "mvwan reads LeRobot v3 datasets (a folder with meta/info.json); `mvwan record` makes one. Set data.root."
-    if not str(root) or not folder.exists():
+    if not str(root) or not os.path.exists(folder):
         raise MvwanError(f"data.root={str(root)!r}: no such folder. {understood}")
     if not folder.is_dir():
         raise MvwanError(f"data.root={str(root)!r}: a file, not a folder. {understood}")

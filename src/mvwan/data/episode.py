@@ -5,7 +5,7 @@ thread and no vector code, so the same pictures give the same bytes with the sam
 and frame numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +29,9 @@ _ENCODER = "libx264"
 # same on every processor. It costs a third of the encoding time.
 _ENCODER_OPTIONS = {"crf": "8", "preset": "medium", "g": "8", "bf": "0", "x264-params": "asm=0"}
 _SEEK_GAP = 24
+_CONTAINER = "mp4"
+"""Given, not guessed: FFmpeg would take a play list of that name for one, and open what it lists."""
+_UNDECODABLE = (FFmpegError, OSError, ValueError, ArithmeticError)
 _AGAIN = "Record or copy the dataset again."
 _QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 
@@ -78,17 +81,19 @@ class VideoWriter:
 def count_frames(path: Path) -> int:
     """Pictures that are stored whole in the file. `MvwanError` naming the file when it is missing, cut short or no video."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), format=_CONTAINER) as container:
             stream = _video_stream(container, path)
             return sum(1 for packet in container.demux(stream) if packet.size and packet.pts is not None)
-    except (FFmpegError, OSError) as error:
+    except MvwanError:
+        raise
+    except _UNDECODABLE as error:
         raise _broken(path, error) from error
 
 
-def read_frames(path: Path, fps: float, frames: Sequence[int]) -> np.ndarray:
+def read_frames(path: Path, fps: float, frames: Sequence[int], size_px: tuple[int, int] | None = None) -> np.ndarray:
     """[len(frames) H W 3] uint8: the pictures shown at frame / fps seconds, in the order asked for, repeats allowed.
 
-    `MvwanError` naming the file and the frame when one cannot be decoded.
+    `MvwanError` naming the file and the frame when one cannot be decoded, or is not of `size_px` (height, width; None: any).
     """
     wanted = sorted(set(frames))
     assert min(wanted, default=-1) >= 0, f"read_frames: frames {frames}"
@@ -96,12 +101,17 @@ def read_frames(path: Path, fps: float, frames: Sequence[int]) -> np.ndarray:
     runs = [wanted[start:end] for start, end in zip([0, *cuts], [*cuts, len(wanted)], strict=True)]
     pictures: dict[int, np.ndarray] = {}
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), format=_CONTAINER) as container:
             stream = _video_stream(container, path)
+            _check_size(path, (stream.codec_context.height, stream.codec_context.width), size_px)
             stream.codec_context.thread_count = 1
             for run in runs:
-                pictures |= _decode_run(container, stream, fps, run)
-    except (FFmpegError, OSError) as error:
+                for number, frame in _decode_run(container, stream, fps, run):
+                    _check_size(path, (frame.height, frame.width), size_px)
+                    pictures[number] = frame.to_ndarray(format="rgb24")
+    except MvwanError:
+        raise
+    except _UNDECODABLE as error:
         raise _broken(path, error) from error
     lost = [frame for frame in wanted if frame not in pictures]
     if lost:
@@ -109,25 +119,30 @@ def read_frames(path: Path, fps: float, frames: Sequence[int]) -> np.ndarray:
     return np.stack([pictures[frame] for frame in frames])
 
 
-def _decode_run(container: InputContainer, stream: VideoStream, fps: float, run: list[int]) -> dict[int, np.ndarray]:
-    """Frame number -> picture for the ascending frame numbers of `run` that the video holds."""
-    assert stream.time_base is not None
+def _check_size(path: Path, found_px: tuple[int, int], size_px: tuple[int, int] | None) -> None:
+    if size_px is not None and found_px != size_px:
+        raise MvwanError(f"{path}: pictures of {found_px[0]} x {found_px[1]} px, the dataset says {size_px[0]} x {size_px[1]}. {_AGAIN}")
+
+
+def _decode_run(container: InputContainer, stream: VideoStream, fps: float, run: list[int]) -> Iterator[tuple[int, VideoFrame]]:
+    """(frame number, picture) for the ascending frame numbers of `run` that the video holds."""
+    if not stream.time_base:
+        raise ValueError("its pictures have no times")
     container.seek(int(run[0] / fps / stream.time_base), stream=stream, backward=True, any_frame=False)
-    wanted, pictures = set(run), {}
+    wanted = set(run)
     for frame in container.decode(stream):
         if frame.pts is None:
             continue
         number = round(float(frame.pts * stream.time_base) * fps)
         if number in wanted:
-            pictures[number] = frame.to_ndarray(format="rgb24")
+            yield number, frame
         if number >= run[-1]:
             break
-    return pictures
 
 
 def _video_stream(container: InputContainer, path: Path) -> VideoStream:
-    if not container.streams.video:
-        raise MvwanError(f"{path}: has no video stream")
+    if not container.streams.video or container.streams.video[0].codec_context is None:
+        raise MvwanError(f"{path}: has no video stream that can be decoded. {_AGAIN}")
     return container.streams.video[0]
 
 
@@ -148,13 +163,15 @@ class VideoFrames:
     """Where the episode starts in each file."""
     num_frames: int
     fps: float
+    sizes_px: tuple[tuple[int, int] | None, ...] = ()
+    """(height, width) of each view; empty: as stored."""
 
     def __call__(self, frames: Sequence[int]) -> np.ndarray:
         """[V len(frames) H W 3] uint8. `MvwanError` naming the episode and the file when a picture cannot be decoded."""
         assert all(0 <= frame < self.num_frames for frame in frames), f"{self.name}: {self.num_frames} frames, asked for {frames}"
-        views = zip(self.paths, self.first_frames, strict=True)
+        views = zip(self.paths, self.first_frames, self.sizes_px or (None,) * len(self.paths), strict=True)
         try:
-            return np.stack([read_frames(path, self.fps, [first + int(frame) for frame in frames]) for path, first in views])
+            return np.stack([read_frames(path, self.fps, [first + int(frame) for frame in frames], size) for path, first, size in views])
         except MvwanError as error:
             raise MvwanError(f"episode {self.name}: {error}") from error
 

@@ -15,8 +15,9 @@ measured gripper opening, found by the names of `observation.state`. Knows no si
 import hashlib
 import io
 import json
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from mvwan.data.episode import (
     summarise,
     summarise_pictures,
 )
+from mvwan.data.fields import AGAIN, get, inside, numbers, read_table, rows_of
 from mvwan.errors import MvwanError, nearest
 from mvwan.files import read_json, sha256_file, sha256_json, whole_directory, write_file, write_json
 
@@ -49,7 +51,7 @@ _FILES_PER_CHUNK = 1000
 _DATA_FILE_MB = 100
 _VIDEO_FILE_MB = 200
 _INFO, _CAMERAS = "meta/info.json", "meta/cameras.json"
-_AGAIN = "Record or copy the dataset again."
+_MOST_FPS = 1000
 _PLACE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 _DATA_PATH = f"data/{_PLACE}.parquet"
 _VIDEO_PATH = "videos/{video_key}/" + f"{_PLACE}.mp4"
@@ -319,7 +321,7 @@ def read_lerobot(root: str | Path, cameras: Sequence[str] | None = None) -> tupl
     LeRobot v3 dataset, a missing or broken file, a missing column, uncalibrated cameras, or videos shorter than the table says.
     """
     root = Path(root)
-    if not (root / _INFO).is_file():
+    if not os.path.isfile(root / _INFO):
         raise MvwanError(f"{root}: not a LeRobot dataset, {_INFO} is missing. Give the folder that holds meta/, data/ and videos/.")
     return _Reader(root, cameras).episodes()
 
@@ -328,23 +330,23 @@ class _Reader:
     """One dataset folder: its description, read and checked; then its episodes."""
 
     def __init__(self, root: Path, cameras: Sequence[str] | None) -> None:
-        self._root = root
+        self._root, self._episodes = root, root / "meta/episodes"
         info = read_json(root / _INFO)
-        if not isinstance(info, dict):
-            raise MvwanError(f"{root / _INFO}: needs an object, got {type(info).__name__}")
-        version = str(_get(info, "codebase_version", root / _INFO))
+        version = get(info, "codebase_version", "text", root / _INFO)
         if not version.startswith("v3."):
             raise MvwanError(
                 f"{root / _INFO}: codebase_version is {version}, only v3 is read. Convert it with lerobot's own v3.0 converter."
             )
-        self._fps, self._features, self._data_path, self._video_path = (
-            _get(info, key, root / _INFO) for key in ("fps", "features", "data_path", "video_path")
-        )
+        kinds = {"fps": "number", "features": "object", "data_path": "text", "video_path": "text"}
+        self._fps, self._features, self._data_path, self._video_path = (get(info, key, kind, root / _INFO) for key, kind in kinds.items())
+        if not 1 / _MOST_FPS <= self._fps <= _MOST_FPS:
+            raise MvwanError(f"{root / _INFO}: fps={self._fps}, must be between {1 / _MOST_FPS} and {_MOST_FPS}. {AGAIN}")
         self._cameras = self._read_cameras(cameras)
         self._point, self._hand, self._gripper = self._state_columns()
 
     def _feature(self, key: str) -> Mapping[str, Any]:
-        return _get(self._features, key, self._root / _INFO)
+        feature, where = get(self._features, key, "object", self._root / _INFO), f"{self._root / _INFO}: {key}"
+        return feature | {"dtype": get(feature, "dtype", "text", where), "shape": get(feature, "shape", "shape", where)}
 
     def _read_cameras(self, names: Sequence[str] | None) -> tuple[Camera, ...]:
         path = self._root / _CAMERAS
@@ -353,7 +355,10 @@ class _Reader:
                 f'{path}: no such file. The cameras must be calibrated: write {{"cameras": [{{"name", "width_px", "height_px", '
                 f'"intrinsics" 3x3, "world_to_camera" 4x4}}, ...]}}, one entry per observation.images.<name>.'
             )
-        known = {camera.name: camera for camera in map(Camera.from_dict, _get(read_json(path), "cameras", path))}
+        given = [Camera.from_dict(values) for values in get(read_json(path), "cameras", "list", path)]
+        known = {camera.name: camera for camera in given}
+        if len(known) < len(given):
+            raise MvwanError(f"{path}: two cameras have one name. {AGAIN}")
         for name in names or ():
             if name not in known:
                 raise MvwanError(f"{path}: no camera {name!r}.{nearest(name, known)} There are: {', '.join(known)}. Set data.cameras.")
@@ -376,6 +381,8 @@ class _Reader:
             raise MvwanError(
                 f"{self._root / _INFO}: {_STATE} has no {', '.join(missing)} (its names: {names}). Name the tracked point's coordinates so."
             )
+        if any(not isinstance(name, str) for name in names) or [len(names)] != self._feature(_STATE)["shape"]:
+            raise MvwanError(f"{self._root / _INFO}: {_STATE} has names {names}, needs one for each of its values. {AGAIN}")
         groups = (POINT_NAMES, HAND_NAMES, (GRIPPER_NAME,))
         point, hand, gripper = ([names.index(name) for name in group] if set(group) <= set(names) else [] for group in groups)
         return point, hand, gripper
@@ -383,11 +390,10 @@ class _Reader:
     def episodes(self) -> tuple[Episode, ...]:
         """All episodes, checked against the files they stand on."""
         table: list[dict[str, Any]] = []
-        for path in sorted((self._root / "meta/episodes").glob("*/*.parquet")):
-            names = [name for name in _parquet(path, pq.read_schema).names if not name.startswith("stats/")]
-            table += _parquet(path, pq.read_table, columns=names).to_pylist()
+        for path in sorted(self._episodes.glob("*/*.parquet")):
+            table += rows_of(read_table(path, leave_out="stats/"), path)
         if not table:
-            raise MvwanError(f"{self._root / 'meta/episodes'}: lists no episode. {_AGAIN}")
+            raise MvwanError(f"{self._episodes}: lists no episode. {AGAIN}")
         rows = self._read_rows(table)
         videos = sorted({path for row in table for path, _ in self._video_places(row)})
         lengths, hashes = {path: count_frames(path) for path in videos}, {path: sha256_file(path) for path in videos}
@@ -401,53 +407,53 @@ class _Reader:
 
     def _read_rows(self, table: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """Column -> values of all frames, from the data files that the episodes name."""
-        places = [{name: _get(row, f"data/{name}", "meta/episodes") for name in ("chunk_index", "file_index")} for row in table]
-        wanted = [key for key in (_STATE, _ACTION, _SUCCESS, *_INDEX_FEATURES) if key in self._features]
-        parts: dict[str, list[np.ndarray]] = {key: [] for key in wanted}
-        for path in sorted({self._root / self._data_path.format(**place) for place in places}):
-            rows = _parquet(path, pq.read_table)
-            for key in wanted:
-                if key not in rows.column_names:
-                    raise MvwanError(f"{path}: lacks the column {key!r}, which {_INFO} lists. {_AGAIN}")
-                parts[key].append(_numpy(rows.column(key), self._feature(key)["shape"], path))
+        places = [{name: get(row, f"data/{name}", "count", self._episodes) for name in ("chunk_index", "file_index")} for row in table]
+        features = {key: self._feature(key) for key in (_STATE, _ACTION, _SUCCESS, *_INDEX_FEATURES) if key in self._features}
+        for key in ("episode_index", "frame_index"):
+            if self._feature(key)["dtype"] != "int64":
+                raise MvwanError(f"{self._root / _INFO}: {key} is {self._feature(key)['dtype']}, needs int64. {AGAIN}")
+        parts: dict[str, list[np.ndarray]] = {key: [] for key in features}
+        for path in sorted({inside(self._root, self._data_path, self._root / _INFO, **place) for place in places}):
+            rows = read_table(path)
+            for key, feature in features.items():
+                parts[key].append(numbers(rows, key, feature["dtype"], feature["shape"], path))
         return {key: np.concatenate(part) for key, part in parts.items()}
 
     def _video_places(self, row: Mapping[str, Any]) -> list[tuple[Path, int]]:
         """(file, first frame in it) of an episode for every camera."""
         places = []
         for key in (video_key(camera.name) for camera in self._cameras):
-            chunk, file, start_s = (
-                _get(row, f"videos/{key}/{name}", "meta/episodes") for name in ("chunk_index", "file_index", "from_timestamp")
-            )
-            path = self._root / self._video_path.format(video_key=key, chunk_index=chunk, file_index=file)
+            chunk, file = (get(row, f"videos/{key}/{name}", "count", self._episodes) for name in ("chunk_index", "file_index"))
+            start_s = get(row, f"videos/{key}/from_timestamp", "number", self._episodes)
+            path = inside(self._root, self._video_path, self._root / _INFO, video_key=key, chunk_index=chunk, file_index=file)
             places.append((path, round(start_s * self._fps)))
         return places
 
     def _episode(
         self, row: Mapping[str, Any], rows: Mapping[str, np.ndarray], lengths: Mapping[Path, int], hashes: Mapping[Path, str]
     ) -> Episode:
-        index, length = (int(_get(row, key, "meta/episodes")) for key in ("episode_index", "length"))
-        name = str(row.get("name") or f"{self._root.name}/{index:06d}")
+        index, length = (get(row, key, "count", self._episodes) for key in ("episode_index", "length"))
+        name = get(row, "name", "text", self._episodes) if row.get("name") else f"{self._root.name}/{index:06d}"
         mine = np.flatnonzero(rows["episode_index"] == index)
-        if not np.array_equal(rows["frame_index"][mine], np.arange(length)):
+        if len(mine) != length or not np.array_equal(rows["frame_index"][mine], np.arange(length)):
             raise MvwanError(
-                f"episode {name}: {self._root / 'data'} holds {len(mine)} of its rows in order, meta/episodes says {length}. {_AGAIN}"
+                f"episode {name}: {self._root / 'data'} holds {len(mine)} of its rows in order, meta/episodes says {length}. {AGAIN}"
             )
         places = self._video_places(row)
         for path, first in places:
             if lengths[path] < first + length:
                 raise MvwanError(
-                    f"episode {name}: {path} holds {lengths[path]} pictures, pictures {first} to {first + length - 1} are needed. {_AGAIN}"
+                    f"episode {name}: {path} holds {lengths[path]} pictures, pictures {first} to {first + length - 1} are needed. {AGAIN}"
                 )
-        numbers = {key: values[mine] for key, values in rows.items() if key not in _INDEX_FEATURES}
-        state = numbers[_STATE]
-        extra = {"state": state} | {short: numbers[key] for short, key in (("action", _ACTION), ("success", _SUCCESS)) if key in numbers}
+        own = {key: values[mine] for key, values in rows.items() if key not in _INDEX_FEATURES}
+        state = own[_STATE]
+        extra = {"state": state} | {short: own[key] for short, key in (("action", _ACTION), ("success", _SUCCESS)) if key in own}
         if self._hand:
             extra["hand_m"] = state[:, self._hand].astype(np.float64)
-        instruction = str(_get(row, "tasks", "meta/episodes")[0])
+        instruction = get(row, "tasks", "texts", self._episodes)[0]
         identity = [name, instruction, self._fps, [camera.to_dict() for camera in self._cameras]]
         identity += [[hashes[path], first] for path, first in places]
-        identity += [hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest() for values in numbers.values()]
+        identity += [hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest() for values in own.values()]
         return Episode(
             name=name,
             instruction=instruction,
@@ -459,35 +465,10 @@ class _Reader:
                 name=name,
                 paths=tuple(path for path, _ in places),
                 first_frames=tuple(first for _, first in places),
+                sizes_px=tuple((camera.height_px, camera.width_px) for camera in self._cameras),
                 num_frames=length,
                 fps=float(self._fps),
             ),
             extra=extra,
             fingerprint=sha256_json(identity),
         ).check()
-
-
-def _get(values: Mapping[str, Any], key: str, where: str | Path) -> Any:
-    if key not in values:
-        raise MvwanError(f"{where}: lacks {key!r}, which LeRobot v3 has. {_AGAIN}")
-    return values[key]
-
-
-def _numpy(column: pa.ChunkedArray, shape: Sequence[int], path: Path) -> np.ndarray:
-    """[rows] or [rows K] values of a column of that shape."""
-    values = column.combine_chunks()
-    nested = pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type)
-    flat = (values.flatten() if nested else values).to_numpy(zero_copy_only=False)
-    if len(flat) != len(column) * int(np.prod(shape)):
-        raise MvwanError(f"{path}: a column has {len(flat)} values in {len(column)} rows, {_INFO} says {list(shape)} per row. {_AGAIN}")
-    return flat.reshape(len(column), *shape) if nested else flat
-
-
-def _parquet(path: Path, read: Callable[..., Any], **options: Any) -> Any:
-    """What `read` makes of the file, or `MvwanError` naming it."""
-    try:
-        return read(path, **options)
-    except FileNotFoundError:
-        raise MvwanError(f"{path}: no such file. {_AGAIN}") from None
-    except (pa.ArrowException, OSError) as error:
-        raise MvwanError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]}). {_AGAIN}") from error

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from mvwan.checkpoint import Trained, find_checkpoint, load_trained
+from mvwan.checkpoint import Trained, find_checkpoint, load_trained, read_manifest
 from mvwan.compatibility import Compatibility, Purpose, check_identity, load_into
-from mvwan.config import LoraConfig, TrainableConfig, TrainConfig, trainable_from_dict
+from mvwan.config import Config, LoraConfig, TrainableConfig, TrainConfig, config_from_dict, trainable_from_dict
 from mvwan.model.multiview_wan import Fusion, MultiViewWan, initial_values
 from mvwan.model.trainable import ResolvedGroup, apply, resolve_groups
 from mvwan.model.trainable_table import TrainableTable
@@ -196,6 +196,31 @@ def load_model(
     check_identity(trained.manifest, path, base=digest, views=views, fusion=fusion, rank=rank)
     fit = load_into(model, trained.tensors, table, purpose, path)
     return model, LoadReport(surgery=surgery, table=table, groups=groups, fit=fit, manifest=trained.manifest)
+
+
+def load_as_trained(
+    folder: Path, *, base: str | Path | None = None, device: str | torch.device = "cpu", ema: bool = False
+) -> tuple[MultiViewWan, Config]:
+    """(model, the run's settings) of a checkpoint folder: the model as the run computed with it, on the base that its manifest names.
+
+    `base` replaces where the base is read from; its content is checked all the same. Raises `MvwanError` as `load_model` does.
+    """
+    config = config_from_dict(read_manifest(folder)["config"], f"checkpoint {folder}: config")
+    model, _ = load_model(
+        base or config.base.source,
+        checkpoint=folder,
+        views=config.model.views,
+        fusion=config.model.fusion,
+        unfreeze_modulation_and_norms=config.unfreeze_modulation_and_norms,
+        dtype=getattr(torch, config.base.dtype),
+        trainable=config.trainable,
+        train=config.train,
+        device=device,
+        random_weights=config.base.random_weights,
+        seed=config.seed,
+        ema=ema,
+    )
+    return model, config
 
 
 def _trainable_of(trained: Trained) -> TrainableConfig:

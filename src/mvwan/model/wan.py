@@ -5,7 +5,9 @@ Wan-native safetensors: one file, or a folder of shards. Knows nothing of views,
 """
 
 import hashlib
+import inspect
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -23,12 +25,12 @@ from diffusers.models.transformers.transformer_wan import (
     WanTransformer3DModel,
     WanTransformerBlock,
 )
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from mvwan.errors import MvwanError, nearest
 from mvwan.files import read_json, sha256_file, sha256_json
 from mvwan.model.native_names import is_native, to_ours
+from mvwan.tensors import TensorFile
 
 __all__ = [
     "TINY_FOLDER",
@@ -67,6 +69,17 @@ CONFIG_5B: dict[str, Any] = {
     "eps": 1e-6,
 }
 _KNOWN = ("tiny", *HUB_IDS)
+_LARGEST = {
+    **dict.fromkeys(("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim"), 2**16),
+    "ffn_dim": 2**18,
+    "num_layers": 512,
+    "rope_max_seq_len": 2**13,
+    "image_dim": 2**16,
+    "added_kv_proj_dim": 2**16,
+    "pos_embed_seq_len": 2**16,
+}
+"""Beyond these a config is damaged, and building what it asks for would take for ever or all the memory."""
+_WEIGHT_TYPES = ("float32", "bfloat16", "float16", "float64")
 _NATIVE_FIELDS = ("dim", "num_heads", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim")
 
 
@@ -96,9 +109,9 @@ def describe(source: str | Path) -> BaseDescription:
     if source in HUB_IDS:
         return BaseDescription(id=source, kind="hub", transformer_config=dict(CONFIG_5B))
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _describe_folder(path, source)
-    if path.is_file():
+    if os.path.isfile(path):
         return _describe_file(path, source)
     if path.suffix or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise MvwanError(
@@ -112,12 +125,11 @@ def _describe_folder(folder: Path, source: str) -> BaseDescription:
     for inner, pipeline in ((folder / "transformer", folder), (folder, None)):
         config_file = inner / "config.json"
         if config_file.is_file():
-            config = read_json(config_file)
+            config = _object(read_json(config_file), config_file, source)
             files = tuple(_shards(inner, source))
             if config.get("_class_name") == "WanTransformer3DModel":
-                return BaseDescription(
-                    id=source, kind="diffusers", transformer_config=stock_arguments(config), files=files, folder=pipeline
-                )
+                arguments = _checked_arguments(stock_arguments(config), source)
+                return BaseDescription(id=source, kind="diffusers", transformer_config=arguments, files=files, folder=pipeline)
             if all(name in config for name in _NATIVE_FIELDS):
                 return BaseDescription(id=source, kind="native", transformer_config=_from_native(config, files, source), files=files)
             raise MvwanError(
@@ -137,7 +149,8 @@ def stock_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 def _shards(folder: Path, source: str) -> Iterator[Path]:
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
-        names = sorted(set(read_json(indexes[0]).get("weight_map", {}).values()))
+        weight_map = _object(_object(read_json(indexes[0]), indexes[0], source).get("weight_map"), indexes[0], source)
+        names = sorted({str(name) for name in weight_map.values()})
         found = [folder / Path(name).name for name in names]
     else:
         found = sorted(folder.glob("*.safetensors"))
@@ -153,14 +166,15 @@ def _describe_file(path: Path, source: str) -> BaseDescription:
     if "config" in metadata:
         try:
             config = json.loads(metadata["config"])
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise MvwanError(f"base {source}: the `config` in the file's metadata is not JSON") from None
     elif beside.is_file():
         config = read_json(beside)
     else:
         raise MvwanError(f"base {source}: no `config` in the file's metadata and no config.json beside it; put one there")
-    if config.get("_class_name") == "WanTransformer3DModel":
-        return BaseDescription(id=source, kind="diffusers", transformer_config=stock_arguments(config), files=(path,), metadata=metadata)
+    if _object(config, path, source).get("_class_name") == "WanTransformer3DModel":
+        arguments = _checked_arguments(stock_arguments(config), source)
+        return BaseDescription(id=source, kind="diffusers", transformer_config=arguments, files=(path,), metadata=metadata)
     return BaseDescription(
         id=source, kind="native", transformer_config=_from_native(config, (path,), source), files=(path,), metadata=metadata
     )
@@ -183,9 +197,12 @@ def _from_native(config: Mapping[str, Any], files: tuple[Path, ...], source: str
     text_dim = config.get("text_dim")
     if text_dim is None:  # the release leaves it out; the file itself knows
         shapes = {name: shape for file in files for name, shape in _header(file, source)[0].items()}
-        text_dim = shapes.get("text_embedding.0.weight", (0, 4096))[1]
-    return {
-        "patch_size": tuple(config.get("patch_size", (1, 2, 2))),
+        text_dim = (shapes.get("text_embedding.0.weight", (0, 4096)) or (None,))[-1]
+    for name in ("dim", "num_heads"):
+        if type(config[name]) is not int or config[name] < 1:
+            raise MvwanError(f"base {source}: its config has {name}={str(config[name])[:80]!r}, needs a whole number of at least 1")
+    arguments = {
+        "patch_size": config.get("patch_size", (1, 2, 2)),
         "num_attention_heads": config["num_heads"],
         "attention_head_dim": config["dim"] // config["num_heads"],
         "in_channels": config["in_dim"],
@@ -198,14 +215,50 @@ def _from_native(config: Mapping[str, Any], files: tuple[Path, ...], source: str
         "qk_norm": "rms_norm_across_heads",
         "eps": config.get("eps", 1e-6),
     }
+    return _checked_arguments(arguments, source)
+
+
+def _object(value: Any, path: Path, source: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise MvwanError(f"base {source}: {path} holds {type(value).__name__} where an object is needed")
+    return value
+
+
+def _checked_arguments(arguments: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The arguments of `WanTransformer3DModel`, of the right kind and of a size that can be: nothing is made from others."""
+    known = inspect.signature(WanTransformer3DModel.__init__).parameters
+    checked: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if name not in known or name == "self":
+            raise MvwanError(f"base {source}: its config has {name!r}, which is none of stock Wan's.{nearest(name, known)}")
+        usable, words = True, ""
+        if name in _LARGEST:
+            usable, words = type(value) is int and 1 <= value <= _LARGEST[name], f"a whole number from 1 to {_LARGEST[name]}"
+            usable = usable or (value is None and known[name].default is None)
+        elif name == "patch_size":
+            usable = isinstance(value, list | tuple) and len(value) == 3 and all(type(size) is int and 1 <= size <= 16 for size in value)
+            value, words = tuple(value) if usable else value, "three whole numbers from 1 to 16"
+        elif name == "eps":
+            usable, words = type(value) in (int, float) and 0 < value < 1, "a number between 0 and 1"
+        elif name == "cross_attn_norm":
+            usable, words = isinstance(value, bool), "true or false"
+        elif name == "qk_norm":
+            usable, words = value in ("rms_norm_across_heads",), "'rms_norm_across_heads'"
+        if not usable:
+            raise MvwanError(f"base {source}: its config has {name}={str(value)[:80]!r}, needs {words}")
+        checked[name] = value
+    return checked
 
 
 def _header(path: Path, source: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     try:
-        with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise MvwanError(f"base {source}: {path} is not a readable safetensors file ({error})") from None
+        file = TensorFile(path)
+    except MvwanError as error:
+        raise MvwanError(f"base {source}: {error}") from None
+    for name, dtype in file.dtypes.items():
+        if dtype not in _WEIGHT_TYPES:
+            raise MvwanError(f"base {source}: {path}: {name} is {dtype}, weights are {', '.join(_WEIGHT_TYPES)}")
+    return file.shapes, file.metadata
 
 
 def in_float32_island(name: str, model_class: type[WanTransformer3DModel] = WanTransformer3DModel) -> bool:
@@ -254,6 +307,8 @@ def _read_state(
         header = _header(path, description.id)[0]
         ours = to_ours(header) if description.kind == "native" or is_native(header) else {name: name for name in header}
         for name, shape in header.items():
+            if ours[name] in where:
+                raise MvwanError(f"base {description.id}: {ours[name]} is both in {where[ours[name]][0].name} and in {path.name}")
             where[ours[name]] = (path, name)
             shapes[ours[name]] = shape
     problems = [f"{name} is missing" for name in expected if name not in shapes]
@@ -267,12 +322,10 @@ def _read_state(
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise MvwanError(f"base {description.id}: the weights do not fit its config: {'; '.join(problems[:4])}{more}")
     state: dict[str, torch.Tensor] = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for name, (holder, stored) in where.items():
-                if holder == path:
-                    tensor = file.get_tensor(stored)
-                    state[name] = tensor.to(torch.float32 if in_float32_island(name) else dtype or tensor.dtype)
+    opened = {path: TensorFile(path) for path in files}
+    for name, (path, stored) in where.items():
+        tensor = opened[path][stored]
+        state[name] = tensor.to(torch.float32 if in_float32_island(name) else dtype or tensor.dtype)
     return state
 
 
