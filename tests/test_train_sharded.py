@@ -26,7 +26,7 @@ STEPS = {"steps": 4, "save_every": 1, "keep_last": 0, "evaluate_every": 4, "eval
 EXACT: dict[str, Any] = {
     "base": {"dtype": "float32"},
     "unfreeze_modulation_and_norms": True,
-    "train": {**STEPS, "precision": "no", "gradient_accumulation": 2},
+    "train": {**STEPS, "precision": "no", "gradient_accumulation": 2, "max_gradient_norm": 0.02},  # norms are near 0.8: clipping acts
 }
 ROUNDED: dict[str, Any] = {
     "model": {"gradient_checkpointing": True},
@@ -42,7 +42,7 @@ DDP = ["--multi_gpu", "--main_process_port", "0"]
 SCRIPT = """
 import sys, torch, yaml
 from pathlib import Path
-from mvwan import sharding
+from mvwan import flow, sharding
 from mvwan.config import config_from_dict
 from mvwan.errors import MvwanError
 from mvwan.model.trainable import parameters_by_name
@@ -73,6 +73,13 @@ def spread_and_gather(config, place):
     numbers = [held, sum(parameter.numel() for parameter in whole.values()), sum(map(sharding.is_spread, parameters.values())), len(whole)]
     sys.stdout.write(" ".join(map(str, ["holds", *numbers])) + "\\n")  # in one piece: two processes write
 
+autocast = set()
+
+def look_then_draw(*given):
+    autocast.add(torch.is_autocast_enabled("cpu"))
+    return draw_noise(*given)
+
+draw_noise, flow.draw_noise = flow.draw_noise, look_then_draw
 for given in sys.argv[1:]:
     place = given.lstrip("+=")
     config = config_from_dict(yaml.safe_load(open(place + ".yaml")))
@@ -80,6 +87,9 @@ for given in sys.argv[1:]:
         spread_and_gather(config, place) if given[0] == "=" else train(config, place, resume=given[0] == "+")
     except MvwanError as error:
         sys.stdout.write(f"refused: {error}\\n")
+    sys.stdout.write(f"autocast in {Path(place).name}: {autocast}\\n")
+    sys.stdout.flush()
+    autocast.clear()
 """
 
 
@@ -184,6 +194,8 @@ def test_bfloat16_base_with_gradient_checkpointing(runs: tuple[Path, str, str]) 
     """Looser: rounding to 8 bits turns another order of sums into other last bits."""
     folder = runs[0]
     assert_same_run(folder / "rounded", folder / "rounded_alone", rel=2e-3)
+    said = [line for line in runs[1].splitlines() if line.startswith("autocast in ")]
+    assert said.count("autocast in rounded: {True}") == said.count("autocast in spread: {False}") == 2, said
     assert {str(tensor.dtype) for tensor in load_trained(folder / "rounded").tensors.values()} == {"torch.float32"}
 
 
