@@ -54,9 +54,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layouts", type=int, default=3, help="layouts per task; the last is held out (default %(default)s)")
-    parser.add_argument("--vae-steps", type=int, default=6000, help="end of the VAE's schedule (default %(default)s)")
-    parser.add_argument("--vae-minutes", type=float, default=45, help="or after so long, if that is earlier (default %(default)s)")
-    parser.add_argument("--vae-learning-rate", type=float, default=8e-4)
+    parser.add_argument("--vae-steps", type=int, default=12000, help="end of the VAE's schedule (default %(default)s)")
+    parser.add_argument(
+        "--vae-minutes", type=float, default=180, help="or after so much processor time, if that is earlier (default %(default)s)"
+    )
+    parser.add_argument("--vae-learning-rate", type=float, default=2e-3)
     parser.add_argument("--transformer-steps", type=int, default=3000)
     parser.add_argument("--transformer-minutes", type=float, default=15)
     parser.add_argument("--transformer-learning-rate", type=float, default=6e-4)

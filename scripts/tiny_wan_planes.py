@@ -49,8 +49,6 @@ class PlaneVae:
         self.vae: Any = vae
         self.dtype = dtype
         self.flat = flat
-        self.levels: list[torch.Tensor] = []
-        """Of the last decoding: planes [n C H W] before each enlargement, and before the head."""
         assert vae.config["is_residual"] and not vae.config["attn_scales"]
         self._scale = vae.config["scale_factor_spatial"]
         modes = [block.upsampler.mode for block in self.vae.decoder.up_blocks if block.upsampler is not None]
@@ -76,7 +74,6 @@ class PlaneVae:
         """
         assert kept is None or self.flat
         decoder, side = self.vae.decoder, self.vae.config.patch_size
-        self.levels = []
         planes = rearrange(latents, "B c f h w -> (B f) c h w")
         x = Planes(data=_last(planes.to(self.dtype)), frames=latents.shape[2], latent_width=latents.shape[-1])
         x = self._convolve(decoder.conv_in, self._convolve(self.vae.post_quant_conv, x))
@@ -159,7 +156,6 @@ class PlaneVae:
         y = x
         for residual in block.resnets:
             y = self._residual(residual, y)
-        self.levels.append(y.data)
         if block.upsampler is None:
             return y
         if block.upsampler.mode == "upsample3d":

@@ -79,7 +79,8 @@ def measure_vae(codec: LatentCodec, chosen: Chosen) -> tuple[torch.Tensor, dict[
 def _peak_shift(codec: LatentCodec, uv_px: np.ndarray, seen: np.ndarray, sigma_px: float) -> dict[str, float]:
     """How far the VAE moves the peaks of heatmaps at uv_px [N F 2], in px, over the frames `seen` [N F] that show one.
 
-    A frame without a peak after decoding counts as lost; mean, median and p95 are over the frames that have one.
+    A frame without a peak after decoding counts as lost; mean, median and p95 are over the frames that have one,
+    and are left out when none has.
     """
     shift_px, confidence = [], []
     for start in range(0, len(uv_px), 4):
@@ -90,9 +91,11 @@ def _peak_shift(codec: LatentCodec, uv_px: np.ndarray, seen: np.ndarray, sigma_p
         confidence.append(sure[shown])
     shift = np.concatenate(shift_px)
     kept = shift[np.isfinite(shift)]
+    frames = {"heatmap_sigma_px": sigma_px, "frames": len(shift)}
+    if not len(kept):
+        return {**frames, "share_without_peak": 1.0}
     return {
-        "heatmap_sigma_px": sigma_px,
-        "frames": len(shift),
+        **frames,
         "mean_px": round(float(kept.mean()), 3),
         "median_px": round(float(np.median(kept)), 3),
         "p95_px": round(float(np.quantile(kept, 0.95)), 3),

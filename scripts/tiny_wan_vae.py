@@ -16,13 +16,12 @@ import numpy as np
 import tiny_wan_clips as clips
 import torch
 from diffusers import AutoencoderKLWan
-from einops import rearrange
 from tiny_wan_muon import Muon
 from tiny_wan_parts import new_vae, posterior
 from tiny_wan_planes import PlaneVae, flatten
+from tiny_wan_principal import Principal, principal
 
 from mvwan.files import whole_file, write_json
-from mvwan.shapes import FRAMES_PER_LATENT, LATENT_CHANNELS, PIXELS_PER_LATENT
 
 CLIPS = 8
 HEAT_CLIPS = 2
@@ -33,11 +32,14 @@ DECODED_FRAMES = 2
 BLOB_WEIGHT = 8.0
 HEAT_WEIGHT = 0.5
 ABSOLUTE_WEIGHT = 0.1
-LINEAR_WEIGHT = 1.0
-PLACE_WEIGHT = 0.05
 KL_WEIGHT = 3e-5
+TAUGHT_UNTIL = 0.5
+"""Share of the schedule in which latents are principal components, and encoder and decoder learn apart."""
+TAUGHT_NOISE = 0.05
+TEACHER_WEIGHT = 0.1
+TEACHER_BATCHES = 60
 EMA = 0.995
-WARMUP = 30
+WARMUP = 100
 DECAY_FROM = 0.7
 """Share of the schedule after which the learning rate falls to zero in a straight line."""
 LARGEST_NORM = 1.0
@@ -46,63 +48,6 @@ SOUND_COSINE = 0.98
 REPORT_STEPS = 25
 SAVE_STEPS = 100
 _DARK_BLUE = (-1.0, -1.0, 0.0)
-
-
-class LinearDecoder(torch.nn.Module):
-    """A decoder of one linear layer, for training alone: it has the encoder write down what pictures hold long before the real decoder,
-    which has to learn where within a latent's cell it draws, can use it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        values = 3 * PIXELS_PER_LATENT**2
-        self.first = torch.nn.Conv2d(LATENT_CHANNELS, values, 3, padding=1)
-        self.later = torch.nn.Conv2d(LATENT_CHANNELS, FRAMES_PER_LATENT * values, 3, padding=1)
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """[B 3 F H W] of latents [B C f h w]."""
-        first = self.first(latents[:, :, 0])[:, None]
-        later = rearrange(self.later(rearrange(latents[:, :, 1:], "B C f h w -> (B f) C h w")), "(B f) v h w -> B f v h w", B=len(latents))
-        frames = torch.cat([first, rearrange(later, "B f (t v) h w -> B (f t) v h w", t=FRAMES_PER_LATENT)], 1)
-        side = PIXELS_PER_LATENT
-        return rearrange(frames, "B F (c r q) h w -> B c F (h r) (w q)", r=side, q=side, c=3)
-
-
-class Place(torch.nn.Module):
-    """Reads from the decoder's planes where in the picture and where within a latent's cell each pixel lies, for training alone.
-
-    Enlarging repeats pixels and then treats all alike, so that a decoder cannot draw what lies within a cell until it has learned from
-    the edges of the picture where it is. This lesson has it learned first.
-    """
-
-    def __init__(self, channels: int, levels: int) -> None:
-        super().__init__()
-        self.readers = torch.nn.ModuleList([torch.nn.Conv2d(channels, 2 * (1 + level), 1) for level in range(levels)])
-
-    def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
-        """Mean square of what is read against what is so."""
-        errors = [
-            reader(planes.float()) - _places(planes.shape[-1], level)
-            for level, (reader, planes) in enumerate(zip(self.readers, levels, strict=True))
-        ]
-        return torch.stack([error.square().mean() for error in errors]).mean()
-
-
-def _places(width: int, level: int) -> torch.Tensor:
-    """[2 (1 + level) H W]: place in the picture from -1 to 1, then, for each enlargement so far, the half of its pixel: -1 or 1."""
-    index = torch.arange(width)
-    rows = [(2 * index + 1) / width - 1, *(2.0 * (index >> bit & 1) - 1 for bit in range(level))]
-    along = torch.stack([row.float() for row in rows])
-    return torch.cat([along[:, None, :].expand(-1, width, -1), along[:, :, None].expand(-1, -1, width)])
-
-
-class Aids(torch.nn.Module):
-    """What only the training needs."""
-
-    def __init__(self, vae: AutoencoderKLWan) -> None:
-        super().__init__()
-        self.linear = LinearDecoder()
-        self.place = Place(vae.config["decoder_base_dim"], len(vae.config["dim_mult"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,26 +69,31 @@ class Batch:
 
 
 def draw(videos: list[clips.Video], step: int, seed: int) -> Batch:
-    """The batch of one step, a pure function of its arguments."""
-    rng = np.random.default_rng([seed, step])
+    """The batch of one step, a pure function of its arguments. Negative steps are batches that no step sees."""
+    rng = np.random.default_rng([seed, abs(step), int(step < 0)])
     pictures = clips.vae_batch(videos, CLIPS - HEAT_CLIPS, HEAT_CLIPS, NUM_FRAMES, rng)
     others = [1 + np.sort(rng.permutation(NUM_FRAMES - 1)[: DECODED_FRAMES - 1]) for _ in range(CLIPS)]
     kept = torch.from_numpy(np.pad(np.stack(others), ((0, 0), (1, 0))))
-    return Batch(pictures=pictures, num_heat=HEAT_CLIPS, kept=kept, noise=torch.Generator().manual_seed(seed * 1_000_003 + step))
+    return Batch(pictures=pictures, num_heat=HEAT_CLIPS, kept=kept, noise=torch.Generator().manual_seed(seed * 1_000_003 + abs(step)))
 
 
-def loss_of(vae: PlaneVae, aids: Aids, batch: Batch) -> dict[str, torch.Tensor]:
-    """Losses of one batch: `rgb` and `heat` of the decoder, `linear` of the linear one, `kl`, and their `total`."""
+def loss_of(vae: PlaneVae, batch: Batch, teacher: Principal | None) -> dict[str, torch.Tensor]:
+    """Losses of one batch: `rgb`, `heat`, `teacher` or `kl`, and their `total`.
+
+    With a teacher, encoder and decoder learn apart: one to give the teacher's latents, the other to decode them.
+    """
     mean, log_variance = vae.encode(batch.pictures)
-    latents = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=batch.noise)
+    noise = torch.randn(mean.shape, generator=batch.noise)
+    if teacher is None:
+        latents = mean + (0.5 * log_variance).exp() * noise
+        beside = KL_WEIGHT * 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    else:
+        taught = teacher.encode(batch.pictures)
+        latents = taught + TAUGHT_NOISE * noise
+        beside = TEACHER_WEIGHT * (mean - taught).square().mean()
     rgb, heat = _costs(vae.decode(latents, batch.kept), batch.targets(), batch.num_heat)
-    place = aids.place(vae.levels)
-    linear_rgb, linear_heat = _costs(aids.linear(latents), batch.pictures, batch.num_heat)
-    by_linear = linear_rgb + HEAT_WEIGHT * linear_heat
-    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    total = rgb + HEAT_WEIGHT * heat + LINEAR_WEIGHT * by_linear + PLACE_WEIGHT * place + KL_WEIGHT * kl
-    parts = {"rgb": rgb, "heat": heat, "linear_rgb": linear_rgb, "place": place, "kl": kl}
-    return {"total": total, **{name: part.detach() for name, part in parts.items()}}
+    parts = {"rgb": rgb, "heat": heat, "kl" if teacher is None else "teacher": beside}
+    return {"total": rgb + HEAT_WEIGHT * heat + beside, **{name: part.detach() for name, part in parts.items()}}
 
 
 def _costs(pictures: torch.Tensor, targets: torch.Tensor, num_heat: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,12 +104,12 @@ def _costs(pictures: torch.Tensor, targets: torch.Tensor, num_heat: int) -> tupl
     return cost[:-num_heat].mean(), (cost[-num_heat:] * (1 + (BLOB_WEIGHT - 1) * spot)).mean()
 
 
-def sound_dtype(vae: AutoencoderKLWan, aids: Aids, batch: Callable[[], Batch]) -> torch.dtype:
+def sound_dtype(vae: AutoencoderKLWan, batch: Callable[[], Batch]) -> torch.dtype:
     """bfloat16 where its gradients of one batch agree with those of float32, else float32."""
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         vae.zero_grad(set_to_none=True)
-        loss_of(PlaneVae(vae, dtype, flat=True), aids, batch())["total"].backward()
+        loss_of(PlaneVae(vae, dtype, flat=True), batch(), None)["total"].backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in vae.parameters() if parameter.grad is not None]))
     vae.zero_grad(set_to_none=True)
     cosine = float(torch.nn.functional.cosine_similarity(*gradients, dim=0))
@@ -171,7 +121,6 @@ class Training:
     """All that a resumed training continues with."""
 
     vae: AutoencoderKLWan
-    aids: Aids
     optimizer: Muon
     average: dict[str, torch.Tensor]
     step: int = 0
@@ -184,31 +133,29 @@ class Training:
         vae = new_vae(seed).train()
         flatten(vae)
         average = {name: value.detach().clone() for name, value in vae.state_dict().items()}
-        aids = Aids(vae)
-        return cls(vae, aids, Muon([*vae.parameters(), *aids.parameters()], learning_rate), average)
+        return cls(vae, Muon(vae.parameters(), learning_rate), average)
 
     def load(self, path: Path) -> None:
         """Nothing; continues what `save` wrote."""
         stored = torch.load(path, weights_only=True)
         self.vae.load_state_dict(stored["model"])
-        self.aids.load_state_dict(stored["aids"])
         self.optimizer.load_state_dict(stored["optimizer"])
         self.average, self.step, self.seconds = stored["average"], stored["step"], stored["seconds"]
 
     def save(self, path: Path) -> None:
         """Nothing; the file is whole or not there."""
-        state = {"model": self.vae.state_dict(), "aids": self.aids.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"model": self.vae.state_dict(), "optimizer": self.optimizer.state_dict()}
         with whole_file(path) as temporary:
             torch.save({**state, "average": self.average, "step": self.step, "seconds": self.seconds}, temporary)
 
-    def advance(self, planes: PlaneVae, batch: Batch, learning_rate: float) -> dict[str, float]:
+    def advance(self, planes: PlaneVae, batch: Batch, learning_rate: float, teacher: Principal | None) -> dict[str, float]:
         """The losses of one step; an update that is not finite is left out, and `norm` says so."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        losses = loss_of(planes, self.aids, batch)
+        losses = loss_of(planes, batch, teacher)
         self.optimizer.zero_grad(set_to_none=True)
         losses["total"].backward()
-        norm = torch.nn.utils.clip_grad_norm_([*self.vae.parameters(), *self.aids.parameters()], LARGEST_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(self.vae.parameters(), LARGEST_NORM)
         if torch.isfinite(norm):
             self.optimizer.step()
         self.step += 1
@@ -232,14 +179,15 @@ def train(
         training.load(path)
         say(f"vae: continue at step {training.step}, {training.seconds / 60:.1f} min")
     kept = [video for video in videos if not video.held_out]
-    dtype = sound_dtype(training.vae, training.aids, lambda: draw(kept, 0, seed))
+    dtype = sound_dtype(training.vae, lambda: draw(kept, 0, seed))
     say(f"vae: products in {dtype}")
     planes = PlaneVae(training.vae, dtype, flat=True)
+    teacher = teacher_of(folder, kept, seed)
     reported: list[dict[str, float]] = []
     last = time.process_time()
     while (progress := max(training.step / steps, training.seconds / 60 / minutes)) < 1:
         rate = _learning_rate(training.step, progress, peak_learning_rate)
-        reported.append(training.advance(planes, draw(kept, training.step, seed), rate))
+        reported.append(training.advance(planes, draw(kept, training.step, seed), rate, teacher if progress < TAUGHT_UNTIL else None))
         now = time.process_time()
         training.seconds, last = training.seconds + now - last, now
         if training.step % REPORT_STEPS == 0:
@@ -253,13 +201,18 @@ def train(
     return done
 
 
+def teacher_of(folder: Path, videos: list[clips.Video], seed: int) -> Principal:
+    """The principal components of training clips, computed once per folder."""
+    return principal(folder / "principal.pt", lambda: (draw(videos, -1 - number, seed).pictures for number in range(TEACHER_BATCHES)))
+
+
 def _learning_rate(step: int, progress: float, peak: float) -> float:
     return peak * min(1.0, (step + 1) / WARMUP) * min(1.0, (1 - progress) / (1 - DECAY_FROM))
 
 
 def _report(path: Path, training: Training, reported: Iterable[dict[str, float]], say: Callable[[str], None]) -> None:
     rows = list(reported)
-    means = {name: round(sum(row[name] for row in rows) / len(rows), 5) for name in rows[0]}
+    means = {name: round(sum(row[name] for row in rows if name in row) / sum(name in row for row in rows), 5) for name in rows[-1]}
     line = json.dumps({"step": training.step, "seconds": round(training.seconds), **means})
     say(f"vae: {line}")
     with path.open("a") as log:
