@@ -3,7 +3,8 @@
     python scripts/build_tiny_wan.py                     all stages, continuing what an earlier call left
     python scripts/build_tiny_wan.py export measure      only these, for example while the VAE still trains elsewhere
 
-Stages: record (single-view videos of tasks that evaluation never uses), vae, transformer (with the text encoder), export (a diffusers
+Stages: record (single-view videos of tasks that evaluation never uses), vae, measure-vae (its held-out numbers, into
+vae/quality.json of the work folder), transformer (with the text encoder), export (a diffusers
 folder, from whatever is trained by then), measure (held-out numbers, into quality.json of that folder). All draws come from --seed;
 a run that ends by --minutes stops where the machine's speed put it, and quality.json says at which step.
 """
@@ -21,9 +22,10 @@ import tiny_wan_vae as vae_stage
 import torch
 
 from mvwan.files import read_json, whole_file, write_json
+from mvwan.model.latents import LatentCodec
 from mvwan.model.wan import TINY_FOLDER
 
-STAGES = ("record", "vae", "transformer", "export", "measure")
+STAGES = ("record", "vae", "measure-vae", "transformer", "export", "measure")
 
 
 def main(arguments: list[str]) -> int:
@@ -33,7 +35,9 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(options.threads)
     for stage in options.stages or STAGES:
         say(f"stage {stage}")
-        {"record": _record, "vae": _vae, "transformer": _transformer, "export": _export, "measure": _measure}[stage](options)
+        {"record": _record, "vae": _vae, "measure-vae": _measure_vae, "transformer": _transformer, "export": _export, "measure": _measure}[
+            stage
+        ](options)
     return 0
 
 
@@ -50,10 +54,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layouts", type=int, default=3, help="layouts per task; the last is held out (default %(default)s)")
-    parser.add_argument("--vae-steps", type=int, default=6000, help="end of the VAE's schedule (default %(default)s)")
-    parser.add_argument("--vae-minutes", type=float, default=45, help="or after so long, if that is earlier (default %(default)s)")
-    parser.add_argument("--vae-learning-rate", type=float, default=8e-4)
-    parser.add_argument("--vae-from", type=Path, default=None, help="diffusers folder whose VAE gives the first weights (default: drawn)")
+    parser.add_argument("--vae-steps", type=int, default=12000, help="end of the VAE's schedule (default %(default)s)")
+    parser.add_argument(
+        "--vae-minutes", type=float, default=180, help="or after so much processor time, if that is earlier (default %(default)s)"
+    )
+    parser.add_argument("--vae-learning-rate", type=float, default=2e-3)
+    parser.add_argument(
+        "--vae-taught-until",
+        type=float,
+        default=vae_stage.TAUGHT_UNTIL,
+        help="share of the schedule in which the encoder is taught principal components (default %(default)s)",
+    )
     parser.add_argument("--transformer-steps", type=int, default=3000)
     parser.add_argument("--transformer-minutes", type=float, default=15)
     parser.add_argument("--transformer-learning-rate", type=float, default=6e-4)
@@ -86,10 +97,23 @@ def _record(options: argparse.Namespace) -> None:
 def _vae(options: argparse.Namespace) -> None:
     folder = options.work / "vae"
     folder.mkdir(exist_ok=True)
-    rate, start_from = options.vae_learning_rate, options.vae_from
-    done = vae_stage.train(lambda: _videos(options), folder, options.vae_steps, options.vae_minutes, rate, options.seed, say, start_from)
-    write_json(folder / "done.json", {**done, "learning_rate": rate})
+    rate = options.vae_learning_rate
+    ends = options.vae_steps, options.vae_minutes
+    done = vae_stage.train(_videos(options), folder, *ends, rate, options.seed, say, options.vae_taught_until)
     say(f"vae: {done}")
+
+
+def _measure_vae(options: argparse.Namespace) -> None:
+    statistics = _statistics(options)
+    weights, step = vae_stage.trained(options.work / "vae", options.seed)
+    vae = parts.new_vae(options.seed, statistics["mean"], statistics["std"])
+    vae.load_state_dict(weights.state_dict())
+    codec = LatentCodec(vae, None, torch.nn.Identity(), parts.TEXT_TOKENS, digest="")
+    held_out = [video for video in _videos(options) if video.held_out]
+    _, measured = quality.measure_vae(codec, quality.choose(held_out, options.measure_videos, options.seed))
+    done = _record_of(options.work / "vae" / "done.json")
+    write_json(options.work / "vae" / "quality.json", {"vae_steps": step, "training": done, "measured": measured})
+    say(f"measure-vae: step {step}, {measured}")
 
 
 def _statistics(options: argparse.Namespace) -> dict[str, Any]:
@@ -143,7 +167,6 @@ def _export(options: argparse.Namespace) -> None:
         "vae_steps": vae_step,
         "transformer_steps": transformer_step,
         "vae_training": _record_of(options.work / "vae" / "done.json"),
-        "vae_training_parts": _record_of(options.work / "vae" / "history.json"),
         "transformer_training": _record_of(folder / "done.json"),
     }
     size = parts.export(options.output, vae, text_encoder, transformer, {"settings": settings})

@@ -18,6 +18,8 @@ SIZE_PX = 128
 SIGMA_PX = 4.0
 SPOTS = (1, 1, 3, 6)
 """Spots in a made-up heat clip, drawn evenly: several at once, since a lone one is a thousandth of the picture and teaches slowly."""
+LARGEST_MOVE_PX = 8
+"""Half the width of a latent, so that every content is seen at every place within one."""
 EVALUATION_TASKS = (
     "button-press-topdown", "drawer-open", "door-open", "door-close", "button-press", "faucet-open", "faucet-close",
     "handle-press", "window-open", "coffee-button", "plate-slide", "drawer-close",
@@ -127,20 +129,26 @@ def to_clips(pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pictures).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def vae_batch(videos: list[Video], size: int, num_frames: int, rng: np.random.Generator, size_px: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(clips [B 3 F H W] in -1..1, is_heat [B] bool): first half recorded RGB, cropped to `size_px`; then heatmaps."""
+def vae_batch(videos: list[Video], num_rgb: int, num_heat: int, num_frames: int, rng: np.random.Generator) -> torch.Tensor:
+    """[B 3 F H W] in -1..1: recorded RGB, moved by up to half a latent's width and mirrored now and then; after them heatmaps."""
     pictures = []
-    num_rgb = size // 2
-    for index in range(size):
+    for index in range(num_rgb + num_heat):
         video = videos[rng.integers(len(videos))]
         frames = window(video, num_frames, int(rng.choice([1, 2, 4])), rng)
         if index < num_rgb:
-            top, left = rng.integers(0, SIZE_PX - size_px + 1, 2)
-            mirror = slice(None, None, -1 if rng.random() < 0.5 else 1)
-            pictures.append(video.rgb[frames, top : top + size_px, left : left + size_px][:, :, mirror])
-        elif size_px == SIZE_PX and rng.random() < 0.4:
+            pictures.append(_moved(video.rgb[frames], rng))
+        elif rng.random() < 0.4:
             pictures.append(heat_pictures(video.uv_px[frames], video.visible[frames]))
         else:
-            tracks = [track(num_frames, size_px, rng) for _ in range(rng.choice(SPOTS))]
-            pictures.append(heatmaps.colour(np.max([heat_of(*one, size_px) for one in tracks], axis=0)))
-    return to_clips(np.stack(pictures)), torch.arange(size) >= num_rgb
+            tracks = [track(num_frames, SIZE_PX, rng) for _ in range(rng.choice(SPOTS))]
+            pictures.append(heatmaps.colour(np.max([heat_of(*one, SIZE_PX) for one in tracks], axis=0)))
+    return to_clips(np.stack(pictures))
+
+
+def _moved(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The pictures [F H W 3] moved by whole pixels, edges continued by reflection, mirrored in half of the cases."""
+    down, right = rng.integers(0, 2 * LARGEST_MOVE_PX + 1, 2)
+    margin = (LARGEST_MOVE_PX, LARGEST_MOVE_PX)
+    wide = np.pad(pictures, ((0, 0), margin, margin, (0, 0)), mode="reflect")
+    moved = wide[:, down : down + pictures.shape[1], right : right + pictures.shape[2]]
+    return moved[:, :, :: -1 if rng.random() < 0.5 else 1]

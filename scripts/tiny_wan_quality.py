@@ -1,5 +1,6 @@
 """Measures the exported tiny Wan on held-out layouts, through the package's own doors, as anybody would use it. Knows no training."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -25,32 +26,61 @@ def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
-def measure(folder: str, videos: list[clips.Video], num_videos: int, seed: int) -> dict[str, Any]:
-    """Numbers with units in their names, over evenly spread held-out videos. The VAE runs in float32."""
-    codec = LatentCodec.load(folder, TEXT_TOKENS)
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """Windows of held-out videos, evenly spread."""
+
+    pictures: np.ndarray
+    """[N F H W 3] uint8."""
+    uv_px: np.ndarray
+    """[N F 2]."""
+    seen: np.ndarray
+    """[N F] bool: the point is visible."""
+    instructions: list[str]
+
+
+def choose(videos: list[clips.Video], num_videos: int, seed: int) -> Chosen:
+    """Windows of `num_videos` of the videos, or of all when there are fewer."""
     chosen = [videos[index] for index in np.linspace(0, len(videos) - 1, min(num_videos, len(videos))).astype(int)]
     frames = [
         clips.window(video, NUM_FRAMES, FRAME_INTERVAL, np.random.default_rng([seed, 3, number])) for number, video in enumerate(chosen)
     ]
-    pictures = np.stack([video.rgb[kept] for video, kept in zip(chosen, frames, strict=True)])
-    uv_px = np.stack([video.uv_px[kept] for video, kept in zip(chosen, frames, strict=True)])
-    seen = np.stack([video.visible[kept] for video, kept in zip(chosen, frames, strict=True)])
-    clean = torch.cat([codec.encode_video(pictures[start : start + 4]) for start in range(0, len(pictures), 4)])
+    pairs = list(zip(chosen, frames, strict=True))
+    return Chosen(
+        pictures=np.stack([video.rgb[kept] for video, kept in pairs]),
+        uv_px=np.stack([video.uv_px[kept] for video, kept in pairs]),
+        seen=np.stack([video.visible[kept] for video, kept in pairs]),
+        instructions=[video.instruction for video in chosen],
+    )
+
+
+def measure(folder: str, videos: list[clips.Video], num_videos: int, seed: int) -> dict[str, Any]:
+    """Numbers with units in their names, over evenly spread held-out videos. The VAE runs in float32."""
+    codec = LatentCodec.load(folder, TEXT_TOKENS)
+    chosen = choose(videos, num_videos, seed)
+    clean, of_vae = measure_vae(codec, chosen)
+    return {**of_vae, **_measure_transformer(folder, codec, clean, chosen.pictures, chosen.instructions, seed)}
+
+
+def measure_vae(codec: LatentCodec, chosen: Chosen) -> tuple[torch.Tensor, dict[str, Any]]:
+    """(normalised RGB latents, numbers about encoding and decoding), for which the codec needs no text encoder."""
+    clean = torch.cat([codec.encode_video(chosen.pictures[start : start + 4]) for start in range(0, len(chosen.pictures), 4)])
     decoded = np.concatenate([codec.decode_video(part) for part in clean.split(4)])
-    return {
-        "held_out_videos": len(chosen),
-        "rgb_psnr_db": round(psnr_db(decoded, pictures), 2),
-        "heatmap_peak_shift": [_peak_shift(codec, uv_px, seen, sigma_px) for sigma_px in SIGMAS_PX],
+    return clean, {
+        "held_out_videos": len(clean),
+        "rgb_psnr_db": round(psnr_db(decoded, chosen.pictures), 2),
+        "heatmap_peak_shift": [_peak_shift(codec, chosen.uv_px, chosen.seen, sigma_px) for sigma_px in SIGMAS_PX],
         "rgb_latents_mean": round(float(clean.mean()), 3),
         "rgb_latents_std": round(float(clean.std()), 3),
-        **_measure_transformer(folder, codec, clean, pictures, [video.instruction for video in chosen], seed),
+        "rgb_latents_largest": round(float(clean.abs().max()), 2),
     }
 
 
 def _peak_shift(codec: LatentCodec, uv_px: np.ndarray, seen: np.ndarray, sigma_px: float) -> dict[str, float]:
     """How far the VAE moves the peaks of heatmaps at uv_px [N F 2], in px, over the frames `seen` [N F] that show one.
 
-    A frame without a peak after decoding counts as lost; mean, median and p95 are over the frames that have one.
+    A frame without a peak after decoding counts as lost; mean, median and p95 are over the frames that have one,
+    and are left out when none has.
     """
     shift_px, confidence = [], []
     for start in range(0, len(uv_px), 4):
@@ -61,9 +91,11 @@ def _peak_shift(codec: LatentCodec, uv_px: np.ndarray, seen: np.ndarray, sigma_p
         confidence.append(sure[shown])
     shift = np.concatenate(shift_px)
     kept = shift[np.isfinite(shift)]
+    frames = {"heatmap_sigma_px": sigma_px, "frames": len(shift)}
+    if not len(kept):
+        return {**frames, "share_without_peak": 1.0}
     return {
-        "heatmap_sigma_px": sigma_px,
-        "frames": len(shift),
+        **frames,
         "mean_px": round(float(kept.mean()), 3),
         "median_px": round(float(np.median(kept)), 3),
         "p95_px": round(float(np.quantile(kept, 0.95)), 3),

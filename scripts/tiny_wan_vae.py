@@ -1,13 +1,14 @@
 """Trains the tiny VAE on recorded RGB clips and JET heatmap clips, resumable.
 
-The decoder's output is not clamped here: the clamp has no gradient where heatmap backgrounds sit. All is float32: on AMX machines
-the bfloat16 weight gradients of these convolutions are wrong or corrupt memory (torch 2.13 with oneDNN), and without AMX slower.
+Clips of five frames, of which all are encoded and a few are decoded: neighbours resemble one another, so the time is better spent on
+more clips. Products run in bfloat16 through two-dimensional convolutions where these are sound on this machine, weights stay float32.
+The decoder's output is not clamped here: the clamp has no gradient where heatmap backgrounds sit.
 """
 
 import json
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,154 +16,215 @@ import numpy as np
 import tiny_wan_clips as clips
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-from tiny_wan_parts import VAE_SIZES, new_vae, posterior
+from tiny_wan_muon import Muon
+from tiny_wan_parts import new_vae, posterior
+from tiny_wan_planes import PlaneVae, flatten
+from tiny_wan_principal import Principal, principal
 
-from mvwan.files import read_json, whole_file, write_json
+from mvwan.files import whole_file, write_json
 
-CROP_SHARE = 0.7
-"""Share of the steps on many half-size crops instead of few whole pictures; the last quarter of the schedule has none."""
-HEAT_FIRST = 0.68
-"""Share of the schedule in which spots weigh enough to be learned at all; the rest is for the RGB pictures, which starve meanwhile.
-None of it when the training starts from a VAE that knows spots."""
-BLOB_WEIGHT = (30.0, 6.0)
-RGB_WEIGHT = (1.0, 4.0)
-"""Before and after."""
-SQUARE_WEIGHT = 2.0
-KL_WEIGHT = 1e-5
-BETAS = (0.9, 0.99)
-EMA = 0.998
-WARMUP = 150
-DECAY_FROM = 0.4
+CLIPS = 8
+HEAT_CLIPS = 2
+"""Of the clips of a step."""
+NUM_FRAMES = 5
+DECODED_FRAMES = 2
+"""The first and so many others less one: the first has latents of its own, the others share theirs."""
+BLOB_WEIGHT = 8.0
+HEAT_WEIGHT = 0.5
+ABSOLUTE_WEIGHT = 0.1
+KL_WEIGHT = 3e-5
+TAUGHT_UNTIL = 0.5
+"""Share of the schedule in which latents are principal components, and encoder and decoder learn apart."""
+TAUGHT_NOISE = 0.05
+TEACHER_WEIGHT = 0.1
+TEACHER_BATCHES = 60
+EMA = 0.995
+WARMUP = 100
+DECAY_FROM = 0.7
+"""Share of the schedule after which the learning rate falls to zero in a straight line."""
+LARGEST_NORM = 1.0
+SOUND_COSINE = 0.98
+"""Gradients in bfloat16 that agree less than this with those in float32 are not used."""
+REPORT_STEPS = 25
+SAVE_STEPS = 100
 _DARK_BLUE = (-1.0, -1.0, 0.0)
 
 
-def _decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """[B 3 F H W], what `vae.decode` gives before its clamp."""
-    vae.clear_cache()
-    latents = vae.post_quant_conv(latents)
-    frames = []
-    for index in range(latents.shape[2]):
-        vae._conv_idx = [0]
-        one = latents[:, :, index : index + 1]
-        frames.append(vae.decoder(one, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=index == 0))
-    vae.clear_cache()
-    return unpatchify(torch.cat(frames, 2), patch_size=VAE_SIZES["patch_size"])
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one step learns from."""
+
+    pictures: torch.Tensor
+    """[B 3 F H W] in -1..1, RGB clips first."""
+    num_heat: int
+    """How many of the last clips are heatmaps."""
+    kept: torch.Tensor
+    """[B k], the frames to decode."""
+    noise: torch.Generator
+    """Of the latents."""
+
+    def targets(self) -> torch.Tensor:
+        """[B 3 k H W]."""
+        return self.pictures.transpose(1, 2)[torch.arange(len(self.kept))[:, None], self.kept].transpose(1, 2)
 
 
-def loss_of(
-    vae: AutoencoderKLWan, pictures: torch.Tensor, is_heat: torch.Tensor, generator: torch.Generator, phase: int
-) -> dict[str, torch.Tensor]:
-    """Losses of one batch: `rgb`, `heat` (L1 + weighted L2, blobs of heatmaps weighted), `kl`, and their `total`; phase 0 or 1."""
-    gaussian = posterior(vae, pictures)
-    latents = gaussian.mean + gaussian.std * torch.randn(gaussian.mean.shape, generator=generator)
-    error = _decode_unclamped(vae, latents) - pictures
-    cost = error.abs() + SQUARE_WEIGHT * error.square()
-    blob = (pictures - torch.tensor(_DARK_BLUE)[:, None, None, None]).abs().amax(1, keepdim=True) > 0.15
-    weight = 1 + (BLOB_WEIGHT[phase] - 1) * (blob & is_heat[:, None, None, None, None])
-    rgb = cost[~is_heat].mean()
-    heat = (cost * weight)[is_heat].mean()
-    kl = 0.5 * (gaussian.mean.square() + gaussian.var - 1 - gaussian.logvar).mean()
-    return {"total": RGB_WEIGHT[phase] * rgb + heat + KL_WEIGHT * kl, "rgb": rgb.detach(), "heat": heat.detach(), "kl": kl.detach()}
+def draw(videos: list[clips.Video], step: int, seed: int) -> Batch:
+    """The batch of one step, a pure function of its arguments. Negative steps are batches that no step sees."""
+    rng = np.random.default_rng([seed, abs(step), int(step < 0)])
+    pictures = clips.vae_batch(videos, CLIPS - HEAT_CLIPS, HEAT_CLIPS, NUM_FRAMES, rng)
+    others = [1 + np.sort(rng.permutation(NUM_FRAMES - 1)[: DECODED_FRAMES - 1]) for _ in range(CLIPS)]
+    kept = torch.from_numpy(np.pad(np.stack(others), ((0, 0), (1, 0))))
+    return Batch(pictures=pictures, num_heat=HEAT_CLIPS, kept=kept, noise=torch.Generator().manual_seed(seed * 1_000_003 + abs(step)))
 
 
-def draw(videos: list[clips.Video], step: int, progress: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batch of one step, a pure function of its arguments: clips [B 3 F H W] in -1..1 and is_heat [B]."""
-    rng = np.random.default_rng([seed, step])
-    num_frames = int(rng.choice([5, 9, 13], p=[0.85, 0.1, 0.05]))
-    if progress < 0.75 and num_frames == 5 and rng.random() < CROP_SHARE:
-        return clips.vae_batch(videos, 4, num_frames, rng, clips.SIZE_PX // 2)
-    return clips.vae_batch(videos, 2, num_frames, rng, clips.SIZE_PX)
+def loss_of(vae: PlaneVae, batch: Batch, teacher: Principal | None) -> dict[str, torch.Tensor]:
+    """Losses of one batch: `rgb`, `heat`, `teacher` or `kl`, and their `total`.
+
+    With a teacher, encoder and decoder learn apart: one to give the teacher's latents, the other to decode them.
+    """
+    mean, log_variance = vae.encode(batch.pictures)
+    noise = torch.randn(mean.shape, generator=batch.noise)
+    if teacher is None:
+        latents = mean + (0.5 * log_variance).exp() * noise
+        beside = KL_WEIGHT * 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    else:
+        taught = teacher.encode(batch.pictures)
+        latents = taught + TAUGHT_NOISE * noise
+        beside = TEACHER_WEIGHT * (mean - taught).square().mean()
+    rgb, heat = _costs(vae.decode(latents, batch.kept), batch.targets(), batch.num_heat)
+    parts = {"rgb": rgb, "heat": heat, "kl" if teacher is None else "teacher": beside}
+    return {"total": rgb + HEAT_WEIGHT * heat + beside, **{name: part.detach() for name, part in parts.items()}}
 
 
-def _learning_rate(step: int, progress: float, peak: float) -> float:
-    decay = max(0.0, (progress - DECAY_FROM) / (1 - DECAY_FROM))
-    return peak * min(1.0, (step + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, decay))))
+def _costs(pictures: torch.Tensor, targets: torch.Tensor, num_heat: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(RGB clips, heatmap clips): mean of squares and some absolute value, spots of heatmaps weighted."""
+    error = pictures - targets
+    cost = error.square() + ABSOLUTE_WEIGHT * error.abs()
+    spot = (targets[-num_heat:] - torch.tensor(_DARK_BLUE)[:, None, None, None]).abs().amax(1, keepdim=True) > 0.15
+    return cost[:-num_heat].mean(), (cost[-num_heat:] * (1 + (BLOB_WEIGHT - 1) * spot)).mean()
+
+
+def sound_dtype(vae: AutoencoderKLWan, batch: Callable[[], Batch]) -> torch.dtype:
+    """bfloat16 where its gradients of one batch agree with those of float32, else float32."""
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        vae.zero_grad(set_to_none=True)
+        loss_of(PlaneVae(vae, dtype, flat=True), batch(), None)["total"].backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in vae.parameters() if parameter.grad is not None]))
+    vae.zero_grad(set_to_none=True)
+    cosine = float(torch.nn.functional.cosine_similarity(*gradients, dim=0))
+    return torch.bfloat16 if cosine > SOUND_COSINE else torch.float32
+
+
+@dataclass
+class Training:
+    """All that a resumed training continues with."""
+
+    vae: AutoencoderKLWan
+    optimizer: Muon
+    average: dict[str, torch.Tensor]
+    step: int = 0
+    seconds: float = 0.0
+    """Processor time of the steps so far."""
+
+    @classmethod
+    def begin(cls, learning_rate: float, seed: int) -> "Training":
+        """Untrained."""
+        vae = new_vae(seed).train()
+        flatten(vae)
+        average = {name: value.detach().clone() for name, value in vae.state_dict().items()}
+        return cls(vae, Muon(vae.parameters(), learning_rate), average)
+
+    def load(self, path: Path) -> None:
+        """Nothing; continues what `save` wrote."""
+        stored = torch.load(path, weights_only=True)
+        self.vae.load_state_dict(stored["model"])
+        self.optimizer.load_state_dict(stored["optimizer"])
+        self.average, self.step, self.seconds = stored["average"], stored["step"], stored["seconds"]
+
+    def save(self, path: Path) -> None:
+        """Nothing; the file is whole or not there."""
+        state = {"model": self.vae.state_dict(), "optimizer": self.optimizer.state_dict()}
+        with whole_file(path) as temporary:
+            torch.save({**state, "average": self.average, "step": self.step, "seconds": self.seconds}, temporary)
+
+    def advance(self, planes: PlaneVae, batch: Batch, learning_rate: float, teacher: Principal | None) -> dict[str, float]:
+        """The losses of one step; an update that is not finite is left out, and `norm` says so."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        losses = loss_of(planes, batch, teacher)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses["total"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.vae.parameters(), LARGEST_NORM)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        self.step += 1
+        decay = min(EMA, (1 + self.step) / (10 + self.step))
+        values = self.vae.state_dict()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.values()), [values[name] for name in self.average], 1 - decay)
+        return {name: float(value.detach()) for name, value in {**losses, "norm": norm}.items()}
 
 
 def train(
-    load: Callable[[], list[clips.Video]],
+    videos: list[clips.Video],
     folder: Path,
     steps: int,
     minutes: float,
     peak_learning_rate: float,
     seed: int,
     say: Callable[[str], None],
-    start_from: Path | None = None,
+    taught_until: float = TAUGHT_UNTIL,
 ) -> dict[str, Any]:
-    """What was done (steps, minutes); writes `vae.pt` (resumed from when there), `vae.jsonl` and `history.json` in `folder`.
+    """What was done; writes `vae.pt` (resumed from when there) and `vae.jsonl` in `folder`.
 
-    `start_from` is a diffusers folder whose VAE gives the first weights; None: they are drawn.
-
-    Ends after `steps` steps or `minutes` minutes of training, whichever is first; the schedule follows the nearer of both ends.
+    For the share `taught_until` of the schedule the encoder is taught principal components. Ends after `steps` steps or `minutes` minutes of processor time, whichever is first; the schedule follows the nearer of both ends.
     """
     path = folder / "vae.pt"
-    vae = new_vae(seed).train()
-    if start_from is not None:
-        vae.load_state_dict(AutoencoderKLWan.from_pretrained(start_from, subfolder="vae", torch_dtype=torch.float32).state_dict())
-    for module in vae.modules():
-        if isinstance(module, torch.nn.Conv3d):
-            module.weight.data = module.weight.data.to(memory_format=torch.channels_last_3d)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=peak_learning_rate, betas=BETAS, weight_decay=0.01)
-    average = {name: value.detach().clone() for name, value in vae.state_dict().items()}
-    step, seconds = 0, 0.0
+    training = Training.begin(peak_learning_rate, seed)
     if path.exists():
-        stored = torch.load(path, weights_only=True)
-        vae.load_state_dict(stored["model"])
-        optimizer.load_state_dict(stored["optimizer"])
-        average, step, seconds = stored["average"], stored["step"], stored["seconds"]
-        say(f"vae: continue at step {step}, {seconds / 60:.1f} min")
-    _note_start(folder / "history.json", step, peak_learning_rate, start_from is not None)
-    videos = [video for video in load() if not video.held_out]
-    sums: dict[str, float] = {}
-    last = time.monotonic()
-    while (progress := max(step / steps, seconds / 60 / minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(step, progress, peak_learning_rate)
-        phase = int(start_from is not None or progress >= HEAT_FIRST)
-        losses = loss_of(vae, *draw(videos, step, progress, seed), torch.Generator().manual_seed(seed * 1_000_003 + step), phase)
-        optimizer.zero_grad(set_to_none=True)
-        losses["total"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        if torch.isfinite(norm):
-            optimizer.step()
-        else:
-            say(f"vae: step {step}: gradient not finite, update left out")
-        step += 1
-        decay = min(EMA, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for name, value in vae.state_dict().items():
-                average[name].lerp_(value, 1 - decay)
-        for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + float(value.detach())
-        now = time.monotonic()
-        seconds, last = seconds + now - last, now
-        if step % 25 == 0:
-            line = {"step": step, "seconds": round(seconds), **{name: round(value / 25, 5) for name, value in sums.items()}}
-            say(f"vae: {json.dumps(line)}")
-            with (folder / "vae.jsonl").open("a") as log:
-                log.write(json.dumps(line) + "\n")
-            sums = {}
-        if step % 100 == 0:
-            _save(path, vae, optimizer, average, step, seconds)
-    _save(path, vae, optimizer, average, step, seconds)
-    return {"steps": step, "minutes": round(seconds / 60, 1)}
+        training.load(path)
+        say(f"vae: continue at step {training.step}, {training.seconds / 60:.1f} min")
+    kept = [video for video in videos if not video.held_out]
+    dtype = sound_dtype(training.vae, lambda: draw(kept, 0, seed))
+    say(f"vae: products in {dtype}")
+    planes = PlaneVae(training.vae, dtype, flat=True)
+    teacher = teacher_of(folder, kept, seed)
+    reported: list[dict[str, float]] = []
+    last = time.process_time()
+    while (progress := max(training.step / steps, training.seconds / 60 / minutes)) < 1:
+        rate = _learning_rate(training.step, progress, peak_learning_rate)
+        reported.append(training.advance(planes, draw(kept, training.step, seed), rate, teacher if progress < taught_until else None))
+        now = time.process_time()
+        training.seconds, last = training.seconds + now - last, now
+        if training.step % REPORT_STEPS == 0:
+            _report(folder / "vae.jsonl", training, reported, say)
+            reported = []
+        if training.step % SAVE_STEPS == 0:
+            training.save(path)
+    training.save(path)
+    done = {"steps": training.step, "processor_minutes": round(training.seconds / 60, 1), "learning_rate": peak_learning_rate}
+    done["taught_until"] = taught_until
+    write_json(folder / "done.json", {**done, "products_in": str(dtype).removeprefix("torch.")})
+    return done
 
 
-def _note_start(path: Path, step: int, peak_learning_rate: float, continued: bool) -> None:
-    """Nothing; what can change between two parts of one training is on record, so that the weights do not claim one setting for all."""
-    history = read_json(path) if path.exists() else []
-    start = {"from_step": step, "heatmap_sigma_px": clips.SIGMA_PX, "spots": list(clips.SPOTS), "learning_rate": peak_learning_rate}
-    start["first_weights"] = "an earlier VAE" if continued else "drawn"
-    write_json(path, [*history, start])
+def teacher_of(folder: Path, videos: list[clips.Video], seed: int) -> Principal:
+    """The principal components of training clips, computed once per folder."""
+    return principal(folder / "principal.pt", lambda: (draw(videos, -1 - number, seed).pictures for number in range(TEACHER_BATCHES)))
 
 
-def _save(
-    path: Path, vae: AutoencoderKLWan, optimizer: torch.optim.Optimizer, average: dict[str, torch.Tensor], step: int, seconds: float
-) -> None:
-    state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step, "seconds": seconds}
-    with whole_file(path) as temporary:
-        torch.save(state, temporary)
+def _learning_rate(step: int, progress: float, peak: float) -> float:
+    return peak * min(1.0, (step + 1) / WARMUP) * min(1.0, (1 - progress) / (1 - DECAY_FROM))
+
+
+def _report(path: Path, training: Training, reported: Iterable[dict[str, float]], say: Callable[[str], None]) -> None:
+    rows = list(reported)
+    means = {name: round(sum(row[name] for row in rows if name in row) / sum(name in row for row in rows), 5) for name in rows[-1]}
+    line = json.dumps({"step": training.step, "seconds": round(training.seconds), **means})
+    say(f"vae: {line}")
+    with path.open("a") as log:
+        log.write(line + "\n")
 
 
 def trained(folder: Path, seed: int) -> tuple[AutoencoderKLWan, int]:
@@ -180,7 +242,7 @@ def latent_statistics(vae: AutoencoderKLWan, videos: list[clips.Video], seed: in
     """(mean [48], std [48]) of posterior means over training clips, RGB and heatmaps in equal parts."""
     latents = []
     for number in range(batches):
-        pictures, _ = clips.vae_batch(videos, 4, 9, np.random.default_rng([seed, 77, number]), clips.SIZE_PX)
+        pictures = clips.vae_batch(videos, 2, 2, 9, np.random.default_rng([seed, 77, number]))
         latents.append(posterior(vae, pictures).mean)
     flat = torch.cat(latents).transpose(0, 1).flatten(1)
     return flat.mean(1).tolist(), flat.std(1).tolist()
