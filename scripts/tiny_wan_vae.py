@@ -178,7 +178,8 @@ def train(
 ) -> dict[str, Any]:
     """What was done; writes `vae.pt` (resumed from when there) and `vae.jsonl` in `folder`.
 
-    For the share `taught_until` of the schedule the encoder is taught principal components. Ends after `steps` steps or `minutes` minutes of processor time, whichever is first; the schedule follows the nearer of both ends.
+    For the share `taught_until` of the schedule the encoder is taught principal components. Ends after `steps` steps or `minutes`
+    minutes of processor time, whichever is first; the schedule follows the nearer of both ends.
     """
     path = folder / "vae.pt"
     training = Training.begin(peak_learning_rate, seed)
