@@ -33,7 +33,7 @@ BLOB_WEIGHT = 8.0
 HEAT_WEIGHT = 0.5
 ABSOLUTE_WEIGHT = 0.1
 KL_WEIGHT = 3e-5
-TAUGHT_UNTIL = 0.5
+TAUGHT_UNTIL = 0.0
 """Share of the schedule in which latents are principal components, and encoder and decoder learn apart."""
 TAUGHT_NOISE = 0.05
 TEACHER_WEIGHT = 0.1
