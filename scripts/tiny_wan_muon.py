@@ -2,7 +2,8 @@
 
 Muon moves a matrix along the nearest orthogonal matrix to its averaged gradient, so that weak directions are learned as fast as strong
 ones. The Newton-Schulz iteration runs on the small Gram matrix in float32. Source: K. Jordan and others, Muon (2024); size of a step
-as in J. Liu and others, Muon is scalable for LLM training (2025), so that one learning rate serves both kinds.
+as in J. Liu and others, Muon is scalable for LLM training (2025), so that one learning rate serves both kinds. `torch.optim.Muon` takes
+parameters of two axes alone; these are kernels.
 """
 
 from collections.abc import Callable, Iterable

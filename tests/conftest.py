@@ -2,9 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from mvwan.training_module import HeatmapWanTrainingModule
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -71,3 +74,23 @@ def golden_run(tiny_demonstrations: Path, tmp_path_factory: pytest.TempPathFacto
         for path in sorted(set(keys.texts)):
             latent_cache._write(path, {"text": torch.randn(32, 32, generator=generator)})
     return values
+
+
+@pytest.fixture(scope="module")
+def off() -> "HeatmapWanTrainingModule":
+    """A module with the switch off, every trained tensor moved."""
+    from tests.saved import make_module, shake
+
+    module = make_module()
+    shake(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def on() -> "HeatmapWanTrainingModule":
+    """The same with the switch on."""
+    from tests.saved import make_module, shake
+
+    module = make_module(switch=True)
+    shake(module)
+    return module

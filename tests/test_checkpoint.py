@@ -18,23 +18,9 @@ from mvwan.checkpoint import TRAINED, latest_checkpoint, load_trained
 from mvwan.errors import MvwanError
 from mvwan.files import sha256_file
 from mvwan.training_module import HeatmapWanTrainingModule
-from tests.saved import make_module, same, save, shake
+from tests.saved import make_module, same, save
 
 torch.set_num_threads(1)  # sizes are tiny: waking threads costs more than they do
-
-
-@pytest.fixture(scope="module")
-def off() -> HeatmapWanTrainingModule:
-    module = make_module()
-    shake(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def on() -> HeatmapWanTrainingModule:
-    module = make_module(switch=True)
-    shake(module)
-    return module
 
 
 # ── the folder ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

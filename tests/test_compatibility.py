@@ -15,26 +15,12 @@ from mvwan.errors import MvwanError
 from mvwan.model.trainable import parameters_by_name
 from mvwan.model.wan import base_digest
 from mvwan.training_module import HeatmapWanTrainingModule
-from tests.saved import BASE, GOLDEN, make_module, manifest_of, same, save, shake
+from tests.saved import BASE, GOLDEN, make_module, manifest_of, same, save
 
 torch.set_num_threads(1)  # sizes are tiny: waking threads costs more than they do
 
 
 IDENTITY = {"base": base_digest(BASE), "views": 3, "fusion": "channel", "rank": 4, "alpha": 4.0}
-
-
-@pytest.fixture(scope="module")
-def off() -> HeatmapWanTrainingModule:
-    module = make_module()
-    shake(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def on() -> HeatmapWanTrainingModule:
-    module = make_module(switch=True)
-    shake(module)
-    return module
 
 
 # ── rules of compatibility ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -120,24 +120,22 @@ def run(name, more, **options):
     else:
         print(f"{name}: done", flush=True)
 
-run("first", {"train": {"steps": 2}})
+def fill():
+    with open(filler, "ab", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+
 filler = place + "/disk/filler"
-with open(filler, "wb", buffering=0) as file:
-    try:
-        while True:
-            file.write(bytes(4096))
-    except OSError:
-        pass
+run("first", {"train": {"steps": 2}})
+fill()
 with open(filler, "r+b") as file:
     file.truncate(os.path.getsize(filler) - 20 * 4096)  # enough to log, not to save
 run("full", {"train": {"steps": 4}}, resume=True)
 run("full in the background", {"train": {"steps": 4, "async_save": True}}, resume=True)
-with open(filler, "ab", buffering=0) as file:
-    try:
-        while True:
-            file.write(bytes(4096))
-    except OSError:
-        pass
+fill()
 run("full to the brim", {"train": {"steps": 4}}, resume=True)
 os.remove(filler)
 subprocess.run(["mount", "-o", "remount,ro", place + "/disk"], check=True)

@@ -22,7 +22,7 @@ Whether its tensors fit a model is asked in `compatibility`. Knows no optimizer,
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +121,7 @@ def tidy(output: str | Path, keep_last: int = 0, keep_best: bool = False) -> Non
     folder = found[-1].parent
     remove_leftovers(folder)
     write_file(folder / LATEST, found[-1].name + "\n")
-    best = _best(output)
+    best = _best(found)
     if best is not None:
         write_file(folder / BEST, best.name + "\n")
     for old in found[:-keep_last] if keep_last else ():
@@ -129,10 +129,10 @@ def tidy(output: str | Path, keep_last: int = 0, keep_best: bool = False) -> Non
             remove_directory(old)
 
 
-def _best(output: str | Path) -> Path | None:
-    """The checkpoint folder with the lowest held-out loss, None when none was measured. A damaged one cannot be the best."""
+def _best(folders: Iterable[Path]) -> Path | None:
+    """The folder with the lowest held-out loss, None when none was measured. A damaged one cannot be the best."""
     losses: dict[Path, float] = {}
-    for path in list_checkpoints(output):
+    for path in folders:
         try:
             loss = read_manifest(path).get("held_out_loss")
         except MvwanError:

@@ -15,7 +15,7 @@ from rich.table import Table
 from mvwan.checkpoint import EMA, OLDER_SYSTEM, OPTIMIZER, TRAINED, Trained, find_checkpoint, load_trained, read_manifest, read_optimizer
 from mvwan.compatibility import check_identity
 from mvwan.config import config_from_dict
-from mvwan.errors import MvwanError
+from mvwan.errors import MvwanError, some
 from mvwan.files import sha256_file
 from mvwan.model.surgery import adapt
 from mvwan.model.trainable import adapted_weight, names_by_group, parameters_by_name, stock_name
@@ -28,11 +28,6 @@ _Shape = tuple[int, ...]
 
 def _norm(tensor: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
-
-
-def _some(names: Iterable[str], shown: int = 3) -> str:
-    listed = list(names)
-    return ", ".join(listed[:shown]) + (f" and {len(listed) - shown} more" if len(listed) > shown else "")
 
 
 def _groups(manifest: Mapping[str, Any], names: Iterable[str]) -> dict[str, list[str]]:
@@ -102,13 +97,13 @@ def _check_groups(found: Path, trained: Trained) -> dict[str, _Shape]:
 def _check_names(path: Path, shapes: Mapping[str, _Shape], expected: Mapping[str, _Shape]) -> None:
     wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
     if wrong:
-        raise MvwanError(f"{path}: its tensors are not those of {TRAINED}: {_some(wrong)}. Use another checkpoint of the run.")
+        raise MvwanError(f"{path}: its tensors are not those of {TRAINED}: {some(wrong)}. Use another checkpoint of the run.")
 
 
 def _check_finite(path: Path, tensors: TensorFile) -> None:
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
-        raise MvwanError(f"{path}: NaN or infinity in {_some(broken)}. Use another checkpoint.")
+        raise MvwanError(f"{path}: NaN or infinity in {some(broken)}. Use another checkpoint.")
 
 
 # ── how far from its base? ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -163,7 +158,7 @@ def _check_shapes(found: Path, shapes: Mapping[str, _Shape], initial: Mapping[st
         elif weight is not None and ".lora_A." in name and other is not None and other[-1] != shape[0]:
             problems.append(f"{name} has rank {shape[0]}, its lora_B {other[-1]}")
     if problems:
-        raise MvwanError(f"checkpoint {found} does not fit the base: {_some(problems)}. Give the base that it was trained on.")
+        raise MvwanError(f"checkpoint {found} does not fit the base: {some(problems)}. Give the base that it was trained on.")
 
 
 def _adapts(name: str, shape: _Shape, weight: _Shape) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mvwan.errors import MvwanError
+from mvwan.errors import MvwanError, some
 from mvwan.files import flatten
 from mvwan.model.trainable import SWITCH_GROUPS, parameters_by_name
 from mvwan.model.trainable_table import TrainableTable
@@ -69,9 +69,9 @@ class Compatibility:
     def require(self, purpose: Purpose, path: str | Path) -> None:
         """Nothing, or `MvwanError` when this outcome does not allow `purpose`."""
         if self.outcome == "conflict":
-            problems = [f"missing of the group {group}: {_some(_by_block(names))}" for group, names in self.missing.items()]
-            problems += [f"unknown: {_some(self.unknown)}"] if self.unknown else []
-            problems += [f"of another shape: {_some(self.reshaped)}"] if self.reshaped else []
+            problems = [f"missing of the group {group}: {some(_by_block(names))}" for group, names in self.missing.items()]
+            problems += [f"unknown: {some(self.unknown)}"] if self.unknown else []
+            problems += [f"of another shape: {some(self.reshaped)}"] if self.reshaped else []
             raise MvwanError(
                 f"checkpoint {path} does not fit this model; {'; '.join(problems)}. "
                 "Load it with the base, views, fusion, LoRA layers and rank that it was trained with."
@@ -119,10 +119,10 @@ def load_into(
     types = tensors.dtypes if isinstance(tensors, TensorFile) else {name: dtype_name(tensor.dtype) for name, tensor in tensors.items()}
     rounded = [f"{name} is {dtype}" for name, dtype in types.items() if dtype not in _FIT_IN_FLOAT32]
     if rounded:
-        raise MvwanError(f"checkpoint {path}: {_some(rounded)}; needs {', '.join(_FIT_IN_FLOAT32)}. Save it again as float32.")
+        raise MvwanError(f"checkpoint {path}: {some(rounded)}; needs {', '.join(_FIT_IN_FLOAT32)}. Save it again as float32.")
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
-        raise MvwanError(f"checkpoint {path}: NaN or infinity in {_some(broken)}. Use another checkpoint.")
+        raise MvwanError(f"checkpoint {path}: NaN or infinity in {some(broken)}. Use another checkpoint.")
     parameters = parameters_by_name(model)
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -157,10 +157,6 @@ def _ranges(numbers: Sequence[int]) -> str:
     starts = [number for number in numbers if number - 1 not in numbers]
     ends = [number for number in numbers if number + 1 not in numbers]
     return ",".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
-
-
-def _some(names: Sequence[str], shown: int = 3) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 # ── is it the same run? ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""The exceptions that users see, and the nearest-name hint in their messages.
+"""The exceptions that users see, and how their messages list and hint at names.
 
 Knows nothing of what went wrong; every room words its own message: what was given, what is allowed, what to do.
 """
@@ -37,3 +37,9 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the allowed name closest to `name`, or an empty string when none is close."""
     close = difflib.get_close_matches(name[:100], list(allowed), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def some(names: Iterable[str], shown: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    listed = list(names)
+    return ", ".join(listed[:shown]) + (f" and {len(listed) - shown} more" if len(listed) > shown else "")

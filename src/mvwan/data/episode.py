@@ -20,6 +20,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from mvwan.data.fields import AGAIN
 from mvwan.errors import MvwanError
 
 VIDEO_CODEC = "h264"
@@ -32,7 +33,6 @@ _SEEK_GAP = 24
 _CONTAINER = "mp4"
 """Given, not guessed: FFmpeg would take a play list of that name for one, and open what it lists."""
 _UNDECODABLE = (FFmpegError, OSError, ValueError, ArithmeticError)
-_AGAIN = "Record or copy the dataset again."
 _QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 
 
@@ -115,13 +115,13 @@ def read_frames(path: Path, fps: float, frames: Sequence[int], size_px: tuple[in
         raise _broken(path, error) from error
     lost = [frame for frame in wanted if frame not in pictures]
     if lost:
-        raise MvwanError(f"{path}: frame {lost[0]} is not in the video ({len(lost)} of {len(wanted)} are missing). {_AGAIN}")
+        raise MvwanError(f"{path}: frame {lost[0]} is not in the video ({len(lost)} of {len(wanted)} are missing). {AGAIN}")
     return np.stack([pictures[frame] for frame in frames])
 
 
 def _check_size(path: Path, found_px: tuple[int, int], size_px: tuple[int, int] | None) -> None:
     if size_px is not None and found_px != size_px:
-        raise MvwanError(f"{path}: pictures of {found_px[0]} x {found_px[1]} px, the dataset says {size_px[0]} x {size_px[1]}. {_AGAIN}")
+        raise MvwanError(f"{path}: pictures of {found_px[0]} x {found_px[1]} px, the dataset says {size_px[0]} x {size_px[1]}. {AGAIN}")
 
 
 def _decode_run(container: InputContainer, stream: VideoStream, fps: float, run: list[int]) -> Iterator[tuple[int, VideoFrame]]:
@@ -142,13 +142,13 @@ def _decode_run(container: InputContainer, stream: VideoStream, fps: float, run:
 
 def _video_stream(container: InputContainer, path: Path) -> VideoStream:
     if not container.streams.video or container.streams.video[0].codec_context is None:
-        raise MvwanError(f"{path}: has no video stream that can be decoded. {_AGAIN}")
+        raise MvwanError(f"{path}: has no video stream that can be decoded. {AGAIN}")
     return container.streams.video[0]
 
 
 def _broken(path: Path, error: Exception) -> MvwanError:
     reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be decoded ({getattr(error, 'strerror', None) or error})"
-    return MvwanError(f"{path}: {reason}. {_AGAIN}")
+    return MvwanError(f"{path}: {reason}. {AGAIN}")
 
 
 @dataclass(frozen=True, kw_only=True)

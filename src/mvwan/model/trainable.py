@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mvwan.config import LoraConfig, TrainableConfig, TrainConfig
-from mvwan.errors import MvwanError, nearest
+from mvwan.errors import MvwanError, nearest, some
 from mvwan.model.trainable_table import Mode, Row, TrainableTable
 
 _QKVO = r"(to_q|to_k|to_v|to_out\.0)\.weight"
@@ -323,7 +323,7 @@ def _why_empty(group: ResolvedGroup, names: Sequence[str], linear_weights: Colle
         linear = [name for name in matched if name in linear_weights]
         if not linear:
             return (
-                f"{group.described} holds no weight of a linear layer, which LoRA needs (it matches {_some(matched)}). "
+                f"{group.described} holds no weight of a linear layer, which LoRA needs (it matches {some(matched)}). "
                 f"Set trainable.groups.{group.name}.mode to full or frozen."
             )
         matched, takers = linear, claims.weights | claims.adapters
@@ -344,17 +344,11 @@ def _closest(pattern: str, names: Sequence[str], claims: _Claims) -> str:
     """A hint for a pattern that matches nothing: names that it finds in part, or the parameter and group that look most like it."""
     partial = [name for name in names if re.search(pattern, name)]
     if partial:
-        return f" It must match the whole name: {f'.*({pattern}).*'!r} would match {_some(partial)}."
+        return f" It must match the whole name: {f'.*({pattern}).*'!r} would match {some(partial)}."
     plain = re.sub(r"\\d[+*]?|\[0-9\][+*]?", "0", pattern).replace("\\", "")
     shapes = {re.sub(r"\d+", "0", name): name for name in reversed(names)}
     name = shapes[difflib.get_close_matches(plain, list(shapes), n=1, cutoff=0.0)[0]]
     return f" Nearest is {name!r} of the group {claims.adapters.get(name, claims.weights[name])!r}."
-
-
-def _some(names: Iterable[str], shown: int = 3) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
-    return ", ".join(listed[:shown]) + more
 
 
 def build_table(model: nn.Module, groups: Sequence[ResolvedGroup]) -> TrainableTable:
@@ -442,4 +436,4 @@ def verify_trainable(model: nn.Module, table: TrainableTable, optimizer: Any = N
 def _differences(problem: str, names: Collection[str], parameters: dict[str, nn.Parameter]) -> str:
     """`problem` with the names in the order of the model, or an empty string when there are none."""
     ordered = [name for name in parameters if name in names] + sorted(set(names) - parameters.keys())
-    return f"{problem}: {_some(ordered)}" if ordered else ""
+    return f"{problem}: {some(ordered)}" if ordered else ""
