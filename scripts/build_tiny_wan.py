@@ -53,7 +53,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=TINY_FOLDER, help="the diffusers folder, replaced whole (default: the package's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--layouts", type=int, default=3, help="layouts per task; the last is held out (default %(default)s)")
+    parser.add_argument("--layouts", type=int, default=18, help="layouts per task; the last two are held out (default %(default)s)")
     parser.add_argument("--vae-steps", type=int, default=12000, help="end of the VAE's schedule (default %(default)s)")
     parser.add_argument(
         "--vae-minutes", type=float, default=180, help="or after so much processor time, if that is earlier (default %(default)s)"
@@ -68,7 +68,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--transformer-steps", type=int, default=3000)
     parser.add_argument("--transformer-minutes", type=float, default=15)
     parser.add_argument("--transformer-learning-rate", type=float, default=6e-4)
-    parser.add_argument("--windows", type=int, default=2, help="windows per video that the transformer trains on (default %(default)s)")
     parser.add_argument("--measure-videos", type=int, default=48)
     options = parser.parse_args(arguments)
     unknown = [stage for stage in options.stages if stage not in STAGES]
@@ -91,7 +90,7 @@ def _training_videos(options: argparse.Namespace) -> list[clips.Video]:
 
 
 def _record(options: argparse.Namespace) -> None:
-    clips.record(options.work / "clips", options.layouts, options.seed, say)
+    clips.record(options.work / "clips", options.layouts, options.seed, options.threads, say)
 
 
 def _vae(options: argparse.Namespace) -> None:
@@ -110,7 +109,7 @@ def _measure_vae(options: argparse.Namespace) -> None:
     vae.load_state_dict(weights.state_dict())
     codec = LatentCodec(vae, None, torch.nn.Identity(), parts.TEXT_TOKENS, digest="")
     held_out = [video for video in _videos(options) if video.held_out]
-    _, measured = quality.measure_vae(codec, quality.choose(held_out, options.measure_videos, options.seed))
+    _, measured = quality.measure_vae(codec, quality.choose(held_out, options.measure_videos))
     done = _record_of(options.work / "vae" / "done.json")
     write_json(options.work / "vae" / "quality.json", {"vae_steps": step, "training": done, "measured": measured})
     say(f"measure-vae: step {step}, {measured}")
@@ -134,9 +133,9 @@ def _transformer(options: argparse.Namespace) -> None:
     if not encoded.exists():
         vae, _ = vae_stage.trained(options.work / "vae", options.seed)
         videos = _training_videos(options)
-        data = transformer_stage.encode_videos(vae, videos, statistics["mean"], statistics["std"], options.windows, options.seed, say)
+        data = transformer_stage.encode_videos(vae, videos, statistics["mean"], statistics["std"], say)
         with whole_file(encoded) as temporary:
-            torch.save({name: data[name] for name in ("latents", "instructions")}, temporary)
+            torch.save(data, temporary)
     data = torch.load(encoded, weights_only=True)
     rate = options.transformer_learning_rate
     done = transformer_stage.train(data, folder, options.transformer_steps, options.transformer_minutes, rate, options.seed, say)
@@ -155,7 +154,7 @@ def _export(options: argparse.Namespace) -> None:
     settings = {
         "seed": options.seed,
         "size_px": clips.SIZE_PX,
-        "num_frames": transformer_stage.NUM_FRAMES,
+        "num_frames": clips.NUM_FRAMES,
         "flow_shift": parts.SHIFT,
         "tasks": len(clips.TRAINING_TASKS),
         "tasks_never_used": list(clips.EVALUATION_TASKS),

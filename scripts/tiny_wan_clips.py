@@ -3,18 +3,26 @@
 Knows no model. Every draw is a function of the generator it is given. Shapes: rgb uint8 [F H W 3], clips float32 [B 3 F H W] in -1..1.
 """
 
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from mvwan import heatmaps
+from mvwan.cameras import Camera
 from mvwan.files import whole_file
-from mvwan.sim.metaworld import INSTRUCTIONS, Simulator, random_camera, rig, rollout
+from mvwan.sim.metaworld import INSTRUCTIONS, STEPS_PER_FRAME, Simulator, random_camera, rig, rollout
 
 SIZE_PX = 128
+NUM_FRAMES = 13
+FRAME_INTERVAL = 2
+RANDOM_CAMERAS = 4
+"""Beside the three of the rig, for each layout."""
 SIGMA_PX = 4.0
 SPOTS = (1, 1, 3, 6)
 """Spots in a made-up heat clip, drawn evenly: several at once, since a lone one is a thousandth of the picture and teaches slowly."""
@@ -26,13 +34,13 @@ EVALUATION_TASKS = (
 )  # fmt: skip
 TRAINING_TASKS = tuple(name for name in sorted(INSTRUCTIONS) if name.removesuffix("-v3") not in EVALUATION_TASKS)
 FIRST_LAYOUT = 5000
-HELD_OUT_LAYOUTS = 1
+HELD_OUT_LAYOUTS = 2
 """Of each task, the last layouts are kept out of every training stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
-    """One recorded single-view video."""
+    """A window of `NUM_FRAMES` frames of one recorded run, `FRAME_INTERVAL` frames of a demonstration apart."""
 
     task: str
     instruction: str
@@ -43,38 +51,66 @@ class Video:
     visible: np.ndarray
     """[F] bool."""
     held_out: bool
+    of_rig: bool
+    """Seen by a camera of the standard rig, not by a random one."""
 
 
-def record(folder: Path, layouts: int, seed: int, say: Callable[[str], None]) -> None:
-    """Nothing; one .npz per training task in `folder`, with `layouts` layouts seen by one random camera and one of the rig each.
+def record(folder: Path, layouts: int, seed: int, processes: int, say: Callable[[str], None]) -> None:
+    """Nothing; one .npz per training task in `folder`, with `layouts` layouts, each seen by random cameras and those of the rig.
 
     Tasks whose file exists are left alone, so an interrupted recording continues.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for number, task in enumerate(TRAINING_TASKS):
-        path = folder / f"{task}.npz"
-        if path.exists():
-            continue
-        rng = np.random.default_rng([seed, number])
-        arrays: dict[str, np.ndarray] = {}
-        with Simulator(task, rig(SIZE_PX)) as simulator:
-            for layout in range(layouts):
-                cameras = (random_camera(rng, SIZE_PX), rig(SIZE_PX)[(layout + number) % 3])
-                run = rollout(simulator, FIRST_LAYOUT + layout, cameras=cameras)
-                held_out = layout >= layouts - HELD_OUT_LAYOUTS
-                for view, camera in enumerate(cameras):
-                    uv_px, depth_m = camera.project(run.point_m)
-                    key = f"{layout}.{view}.{'held_out' if held_out else 'train'}"
-                    arrays[f"{key}.rgb"] = run.rgb[view]
-                    arrays[f"{key}.uv_px"] = uv_px.astype(np.float32)
-                    arrays[f"{key}.visible"] = camera.inside(uv_px, depth_m)
-        with whole_file(path) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, allow_pickle=False, **arrays)
-        say(f"recorded {task} ({number + 1} of {len(TRAINING_TASKS)})")
+    missing = [number for number, task in enumerate(TRAINING_TASKS) if not (folder / f"{task}.npz").exists()]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for task in pool.map(partial(_record_task, folder, layouts, seed), missing):
+            say(f"recorded {task}")
+
+
+def _record_task(folder: Path, layouts: int, seed: int, number: int) -> str:
+    """The task's name; a window of `NUM_FRAMES` frames for each layout and camera is in its file."""
+    task = TRAINING_TASKS[number]
+    rng = np.random.default_rng([seed, number])
+    arrays: dict[str, np.ndarray] = {}
+    with Simulator(task, rig(SIZE_PX)) as simulator:
+        for layout in range(layouts):
+            cameras = tuple(random_camera(rng, SIZE_PX) for _ in range(RANDOM_CAMERAS)) + rig(SIZE_PX)
+            held_out = layout >= layouts - HELD_OUT_LAYOUTS
+            for view, window in enumerate(_windows(simulator, FIRST_LAYOUT + layout, cameras, rng)):
+                key = f"{layout:03d}.{view}.{'held_out' if held_out else 'train'}"
+                arrays |= {f"{key}.{name}": array for name, array in window.items()}
+    with whole_file(folder / f"{task}.npz") as temporary, temporary.open("wb") as stream:
+        np.savez(stream, allow_pickle=False, **arrays)
+    return task
+
+
+def _windows(simulator: Simulator, layout: int, cameras: Sequence[Camera], rng: np.random.Generator) -> list[dict[str, np.ndarray]]:
+    """One window of the expert's run for each camera, each begun somewhere else: rgb, uv_px, visible."""
+    steps = FRAME_INTERVAL * STEPS_PER_FRAME
+    last = STEPS_PER_FRAME * (len(rollout(simulator, layout, cameras=()).point_m) - 1)
+    starts = rng.integers(0, max(1, last - (NUM_FRAMES - 1) * steps + 1), len(cameras))
+    wanted = {view: start + steps * np.arange(NUM_FRAMES) for view, start in enumerate(starts)}
+    rgb: list[list[np.ndarray]] = [[] for _ in cameras]
+    points: list[list[np.ndarray]] = [[] for _ in cameras]
+    state = simulator.reset(layout)
+    for step in range(max(int(frames[-1]) for frames in wanted.values()) + 1):
+        if step:
+            state = simulator.step(simulator.expert_action())
+        seen = [view for view, frames in wanted.items() if step in frames]
+        if seen:
+            for view, picture in zip(seen, simulator.render([cameras[view] for view in seen]), strict=True):
+                rgb[view].append(picture)
+                points[view].append(state.point_m)
+    windows = []
+    for view, camera in enumerate(cameras):
+        uv_px, depth_m = camera.project(np.array(points[view]))
+        visible = camera.inside(uv_px, depth_m)
+        windows.append({"rgb": np.stack(rgb[view]), "uv_px": uv_px.astype(np.float32), "visible": visible})
+    return windows
 
 
 def load_videos(folder: Path) -> list[Video]:
-    """The recorded videos, in the order of task, layout and view."""
+    """The recorded windows, in the order of task, layout and view."""
     videos = []
     for path in sorted(folder.glob("*.npz")):
         with np.load(path) as arrays:
@@ -89,15 +125,16 @@ def load_videos(folder: Path) -> list[Video]:
                             uv_px=arrays[f"{key}.uv_px"],
                             visible=arrays[f"{key}.visible"],
                             held_out=key.endswith("held_out"),
+                            of_rig=int(key.split(".")[1]) >= RANDOM_CAMERAS,
                         )
                     )
     return videos
 
 
 def window(video: Video, num_frames: int, interval: int, rng: np.random.Generator) -> np.ndarray:
-    """[num_frames] indices of a random stretch; a video that is too short rests on its last frame."""
-    start = rng.integers(0, max(1, len(video.rgb) - (num_frames - 1) * interval))
-    return np.minimum(start + interval * np.arange(num_frames), len(video.rgb) - 1)
+    """[num_frames] indices of a random stretch of every `interval`-th frame."""
+    start = rng.integers(0, len(video.rgb) - (num_frames - 1) * interval)
+    return start + interval * np.arange(num_frames)
 
 
 def track(num_frames: int, size_px: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +171,7 @@ def vae_batch(videos: list[Video], num_rgb: int, num_heat: int, num_frames: int,
     pictures = []
     for index in range(num_rgb + num_heat):
         video = videos[rng.integers(len(videos))]
-        frames = window(video, num_frames, int(rng.choice([1, 2, 4])), rng)
+        frames = window(video, num_frames, int(rng.choice([1, 2, 3])), rng)
         if index < num_rgb:
             pictures.append(_moved(video.rgb[frames], rng))
         elif rng.random() < 0.4:

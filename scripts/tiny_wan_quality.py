@@ -8,7 +8,7 @@ import numpy as np
 import tiny_wan_clips as clips
 import torch
 from tiny_wan_parts import SHIFT, TEXT_TOKENS
-from tiny_wan_transformer import FRAME_INTERVAL, NUM_FRAMES, loss_of, velocity
+from tiny_wan_transformer import loss_of, velocity
 
 from mvwan import flow, heatmaps
 from mvwan.model.latents import LatentCodec
@@ -28,7 +28,7 @@ def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """Windows of held-out videos, evenly spread."""
+    """Held-out videos, evenly spread."""
 
     pictures: np.ndarray
     """[N F H W 3] uint8."""
@@ -39,17 +39,13 @@ class Chosen:
     instructions: list[str]
 
 
-def choose(videos: list[clips.Video], num_videos: int, seed: int) -> Chosen:
-    """Windows of `num_videos` of the videos, or of all when there are fewer."""
+def choose(videos: list[clips.Video], num_videos: int) -> Chosen:
+    """`num_videos` of the videos, or all when there are fewer."""
     chosen = [videos[index] for index in np.linspace(0, len(videos) - 1, min(num_videos, len(videos))).astype(int)]
-    frames = [
-        clips.window(video, NUM_FRAMES, FRAME_INTERVAL, np.random.default_rng([seed, 3, number])) for number, video in enumerate(chosen)
-    ]
-    pairs = list(zip(chosen, frames, strict=True))
     return Chosen(
-        pictures=np.stack([video.rgb[kept] for video, kept in pairs]),
-        uv_px=np.stack([video.uv_px[kept] for video, kept in pairs]),
-        seen=np.stack([video.visible[kept] for video, kept in pairs]),
+        pictures=np.stack([video.rgb for video in chosen]),
+        uv_px=np.stack([video.uv_px for video in chosen]),
+        seen=np.stack([video.visible for video in chosen]),
         instructions=[video.instruction for video in chosen],
     )
 
@@ -57,7 +53,7 @@ def choose(videos: list[clips.Video], num_videos: int, seed: int) -> Chosen:
 def measure(folder: str, videos: list[clips.Video], num_videos: int, seed: int) -> dict[str, Any]:
     """Numbers with units in their names, over evenly spread held-out videos. The VAE runs in float32."""
     codec = LatentCodec.load(folder, TEXT_TOKENS)
-    chosen = choose(videos, num_videos, seed)
+    chosen = choose(videos, num_videos)
     clean, of_vae = measure_vae(codec, chosen)
     return {**of_vae, **_measure_transformer(folder, codec, clean, chosen.pictures, chosen.instructions, seed)}
 

@@ -15,7 +15,8 @@ import numpy as np
 import tiny_wan_clips as clips
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from tiny_wan_parts import SHIFT, TEXT_TOKENS, TRANSFORMER_SIZES, new_text_encoder, new_transformer, posterior
+from tiny_wan_parts import SHIFT, TEXT_TOKENS, TRANSFORMER_SIZES, new_text_encoder, new_transformer
+from tiny_wan_planes import PlaneVae
 from torch.nn.utils.rnn import pad_sequence
 from transformers import UMT5EncoderModel
 
@@ -23,9 +24,8 @@ from mvwan import flow
 from mvwan.config import FlowConfig
 from mvwan.files import whole_file
 
-NUM_FRAMES = 13
-FRAME_INTERVAL = 2
 BATCH = 24
+ENCODED_AT_ONCE = 4
 WARMUP = 100
 EMA = 0.995
 EMPTY_PROMPT_SHARE = 0.1
@@ -35,26 +35,18 @@ _END = 1
 
 @torch.no_grad()
 def encode_videos(
-    vae: AutoencoderKLWan,
-    videos: list[clips.Video],
-    mean: list[float],
-    std: list[float],
-    windows: int,
-    seed: int,
-    say: Callable[[str], None],
+    vae: AutoencoderKLWan, videos: list[clips.Video], mean: list[float], std: list[float], say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """`latents` [N C f h w] normalised, `instructions`, `pictures` [N F H W 3] uint8 of `windows` random windows per video."""
-    latents, instructions, pictures = [], [], []
+    """`latents` [N C f h w] normalised, and `instructions`, of the videos."""
+    latents = []
     shift, scale = (torch.tensor(values)[:, None, None, None] for values in (mean, std))
-    for number, video in enumerate(videos):
-        rng = np.random.default_rng([seed, 5, number])
-        rgb = np.stack([video.rgb[clips.window(video, NUM_FRAMES, FRAME_INTERVAL, rng)] for _ in range(windows)])
-        latents.append((posterior(vae, clips.to_clips(rgb)).mean - shift) / scale)
-        pictures.append(rgb)
-        instructions += [video.instruction] * windows
-        if number % 50 == 0:
-            say(f"transformer: encoded {number} of {len(videos)} videos")
-    return {"latents": torch.cat(latents), "instructions": instructions, "pictures": np.concatenate(pictures)}
+    planes = PlaneVae(vae, torch.float32, flat=True)
+    for start in range(0, len(videos), ENCODED_AT_ONCE):
+        pictures = np.stack([video.rgb for video in videos[start : start + ENCODED_AT_ONCE]])
+        latents.append((planes.encode(clips.to_clips(pictures))[0] - shift) / scale)
+        if start % (50 * ENCODED_AT_ONCE) == 0:
+            say(f"transformer: encoded {start} of {len(videos)} videos")
+    return {"latents": torch.cat(latents), "instructions": [video.instruction for video in videos]}
 
 
 def embed(text_encoder: UMT5EncoderModel, prompts: list[str]) -> torch.Tensor:

@@ -287,13 +287,22 @@ class _Pictures:
         self._data.cam_xmat[0] = (rotation.T * (1, -1, -1)).ravel()
         self._model.cam_fovy[0] = np.degrees(2 * np.arctan(0.5 * height / focal[1]))
         self._renderer.update_scene(self._data, camera=0)
-        large = self._renderer.render().reshape(height, _OVERSAMPLING, width, _OVERSAMPLING, 3)
-        samples = _OVERSAMPLING**2
-        return ((large.sum(axis=(1, 3), dtype=np.uint16) + samples // 2) // samples).astype(np.uint8)
+        return _halved(self._renderer.render())
 
     def close(self) -> None:
         """Nothing; frees the OpenGL context."""
         self._renderer.close()
+
+
+def _halved(large: np.ndarray) -> np.ndarray:
+    """[H W 3] uint8 of a picture [2H 2W 3]: a triangle filter, since a mere mean of four leaves the table's grain flickering.
+
+    Weights 1 3 3 1 along both axes, edges repeated, in whole numbers: the same on every machine.
+    """
+    padded = np.pad(large.astype(np.uint16), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    rows = padded[0:-2:2] + 3 * (padded[1:-2:2] + padded[2:-1:2]) + padded[3::2]
+    both = rows[:, 0:-2:2] + 3 * (rows[:, 1:-2:2] + rows[:, 2:-1:2]) + rows[:, 3::2]
+    return ((both + 32) // 64).astype(np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
