@@ -65,6 +65,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         default=vae_stage.TAUGHT_UNTIL,
         help="share of the schedule in which the encoder is taught principal components (default %(default)s)",
     )
+    parser.add_argument(
+        "--vae-single-until", type=float, default=vae_stage.SINGLE_UNTIL, help="share of it on single frames (default %(default)s)"
+    )
     parser.add_argument("--transformer-steps", type=int, default=3000)
     parser.add_argument("--transformer-minutes", type=float, default=15)
     parser.add_argument("--transformer-learning-rate", type=float, default=6e-4)
@@ -98,7 +101,7 @@ def _vae(options: argparse.Namespace) -> None:
     folder.mkdir(exist_ok=True)
     rate = options.vae_learning_rate
     ends = options.vae_steps, options.vae_minutes
-    done = vae_stage.train(_videos(options), folder, *ends, rate, options.seed, say, options.vae_taught_until)
+    done = vae_stage.train(_videos(options), folder, *ends, rate, options.seed, say, options.vae_taught_until, options.vae_single_until)
     say(f"vae: {done}")
 
 

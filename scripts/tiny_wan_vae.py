@@ -1,8 +1,9 @@
 """Trains the tiny VAE on recorded RGB clips and JET heatmap clips, resumable.
 
-Clips of five frames, of which all are encoded and a few are decoded: neighbours resemble one another, so the time is better spent on
-more clips. Products run in bfloat16 through two-dimensional convolutions where these are sound on this machine, weights stay float32.
-The decoder's output is not clamped here: the clamp has no gradient where heatmap backgrounds sit.
+Single frames first: clips are made of them, and a step on them costs little. Then clips of five frames, of which all are encoded and
+a few are decoded: neighbours resemble one another, so the time is better spent on more clips. Products run in bfloat16 through
+two-dimensional convolutions where these are sound on this machine, weights stay float32. The decoder's output is not clamped here: the
+clamp has no gradient where heatmap backgrounds sit.
 """
 
 import json
@@ -26,6 +27,11 @@ from mvwan.files import whole_file, write_json
 CLIPS = 8
 HEAT_CLIPS = 2
 """Of the clips of a step."""
+SINGLE_FRAMES = 24
+HEAT_SINGLE_FRAMES = 6
+"""Of the single frames of a step."""
+SINGLE_UNTIL = 0.4
+"""Share of the schedule on single frames."""
 NUM_FRAMES = 5
 DECODED_FRAMES = 2
 """The first and so many others less one: the first has latents of its own, the others share theirs."""
@@ -68,13 +74,18 @@ class Batch:
         return self.pictures.transpose(1, 2)[torch.arange(len(self.kept))[:, None], self.kept].transpose(1, 2)
 
 
-def draw(videos: list[clips.Video], step: int, seed: int) -> Batch:
-    """The batch of one step, a pure function of its arguments. Negative steps are batches that no step sees."""
+def draw(videos: list[clips.Video], step: int, seed: int, single: bool = False) -> Batch:
+    """The batch of one step, of clips or of single frames, a pure function of its arguments. Negative steps are batches no step sees."""
     rng = np.random.default_rng([seed, abs(step), int(step < 0)])
+    noise = torch.Generator().manual_seed(seed * 1_000_003 + abs(step))
+    if single:
+        pictures = clips.vae_batch(videos, SINGLE_FRAMES - HEAT_SINGLE_FRAMES, HEAT_SINGLE_FRAMES, 1, rng)
+        kept = torch.zeros(SINGLE_FRAMES, 1, dtype=torch.long)
+        return Batch(pictures=pictures, num_heat=HEAT_SINGLE_FRAMES, kept=kept, noise=noise)
     pictures = clips.vae_batch(videos, CLIPS - HEAT_CLIPS, HEAT_CLIPS, NUM_FRAMES, rng)
     others = [1 + np.sort(rng.permutation(NUM_FRAMES - 1)[: DECODED_FRAMES - 1]) for _ in range(CLIPS)]
     kept = torch.from_numpy(np.pad(np.stack(others), ((0, 0), (1, 0))))
-    return Batch(pictures=pictures, num_heat=HEAT_CLIPS, kept=kept, noise=torch.Generator().manual_seed(seed * 1_000_003 + abs(step)))
+    return Batch(pictures=pictures, num_heat=HEAT_CLIPS, kept=kept, noise=noise)
 
 
 def loss_of(vae: PlaneVae, batch: Batch, teacher: Principal | None) -> dict[str, torch.Tensor]:
@@ -175,10 +186,12 @@ def train(
     seed: int,
     say: Callable[[str], None],
     taught_until: float = TAUGHT_UNTIL,
+    single_until: float = SINGLE_UNTIL,
 ) -> dict[str, Any]:
     """What was done; writes `vae.pt` (resumed from when there) and `vae.jsonl` in `folder`.
 
-    For the share `taught_until` of the schedule the encoder is taught principal components. Ends after `steps` steps or `minutes`
+    For the share `taught_until` of the schedule the encoder is taught principal components; for the share `single_until` clips have
+    one frame. Ends after `steps` steps or `minutes`
     minutes of processor time, whichever is first; the schedule follows the nearer of both ends.
     """
     path = folder / "vae.pt"
@@ -195,7 +208,8 @@ def train(
     last = time.process_time()
     while (progress := max(training.step / steps, training.seconds / 60 / minutes)) < 1:
         rate = _learning_rate(training.step, progress, peak_learning_rate)
-        reported.append(training.advance(planes, draw(kept, training.step, seed), rate, teacher if progress < taught_until else None))
+        batch = draw(kept, training.step, seed, progress < single_until)
+        reported.append(training.advance(planes, batch, rate, teacher if progress < taught_until else None))
         now = time.process_time()
         training.seconds, last = training.seconds + now - last, now
         if training.step % REPORT_STEPS == 0:
@@ -205,8 +219,8 @@ def train(
             training.save(path)
     training.save(path)
     done = {"steps": training.step, "processor_minutes": round(training.seconds / 60, 1), "learning_rate": peak_learning_rate}
-    done["taught_until"] = taught_until
-    write_json(folder / "done.json", {**done, "products_in": str(dtype).removeprefix("torch.")})
+    shares = {"taught_until": taught_until, "single_until": single_until}
+    write_json(folder / "done.json", {**done, **shares, "products_in": str(dtype).removeprefix("torch.")})
     return done
 
 
