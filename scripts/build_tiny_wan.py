@@ -71,7 +71,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--transformer-steps", type=int, default=3000)
     parser.add_argument("--transformer-minutes", type=float, default=15)
     parser.add_argument("--transformer-learning-rate", type=float, default=6e-4)
-    parser.add_argument("--measure-videos", type=int, default=48)
+    parser.add_argument("--measure-videos", type=int, default=48, help="of each kind of camera (default %(default)s)")
     options = parser.parse_args(arguments)
     unknown = [stage for stage in options.stages if stage not in STAGES]
     if unknown:
@@ -112,7 +112,8 @@ def _measure_vae(options: argparse.Namespace) -> None:
     vae.load_state_dict(weights.state_dict())
     codec = LatentCodec(vae, None, torch.nn.Identity(), parts.TEXT_TOKENS, digest="")
     held_out = [video for video in _videos(options) if video.held_out]
-    _, measured = quality.measure_vae(codec, quality.choose(held_out, options.measure_videos))
+    kinds = quality.kinds(held_out, options.measure_videos)
+    measured = {name: quality.measure_vae(codec, chosen)[1] for name, chosen in kinds.items()}
     done = _record_of(options.work / "vae" / "done.json")
     write_json(options.work / "vae" / "quality.json", {"vae_steps": step, "training": done, "measured": measured})
     say(f"measure-vae: step {step}, {measured}")
