@@ -16,7 +16,8 @@ import torch
 from mvwan import heatmaps
 from mvwan.cameras import Camera
 from mvwan.files import whole_file
-from mvwan.sim.metaworld import INSTRUCTIONS, STEPS_PER_FRAME, Simulator, random_camera, rig, rollout
+from mvwan.sim.metaworld import STEPS_PER_FRAME, Simulator, random_camera, rig, rollout
+from mvwan.sim.tasks import INSTRUCTIONS
 
 SIZE_PX = 128
 NUM_FRAMES = 13

@@ -66,6 +66,13 @@ def _everywhere(
     """Holds the options that belong to no verb."""
 
 
+class Layouts(StrEnum):
+    """Where the objects of a Meta-World task may stand."""
+
+    stock = "stock"
+    widened = "widened"
+
+
 class Fusion(StrEnum):
     """How RGB and heatmap share the network."""
 
@@ -182,12 +189,15 @@ def record(
     ] = None,
     episodes: Annotated[int, typer.Option("--episodes", min=1, help="Demonstrations per task.")] = 10,
     size_px: Annotated[int, typer.Option("--size-px", help="Side of the square pictures.")] = 128,
+    layouts: Annotated[Layouts, typer.Option("--layouts", help="Where objects may stand: Meta-World's own limits, or wider ones.")] = (
+        Layouts.stock
+    ),
     seed: Seed = 0,
 ) -> None:
     """Record scripted Meta-World demonstrations from three calibrated cameras, as a LeRobot v3 dataset."""
     from mvwan.sim.metaworld import record as record_demonstrations
 
-    report = record_demonstrations(task or ["drawer-open-v3"], episodes, output, seed=seed, size_px=size_px)
+    report = record_demonstrations(task or ["drawer-open-v3"], episodes, output, seed=seed, size_px=size_px, widened=layouts == "widened")
     kept, failed = sum(report.episodes.values()), sum(report.failed.values())
     typer.echo(
         f"{report.output}: {kept} demonstrations, {report.num_frames} frames per camera, {report.seconds:.1f} s; "
@@ -297,24 +307,53 @@ def sample(
         typer.echo(path)
 
 
-@app.command(epilog="Example: mvwan evaluate runs/first --windows 16")
+@app.command(epilog="Example: mvwan evaluate runs/first --windows 16 --trials 10")
 def evaluate(
     run: Run,
     dataset: Dataset = None,
-    windows: Annotated[int, typer.Option("--windows", min=1, help="Held-out windows at most, spread evenly.")] = 16,
+    windows: Annotated[int, typer.Option("--windows", min=0, help="Held-out windows at most, spread evenly; 0: closed loop only.")] = 16,
     denoise_steps: DenoiseSteps = 5,
     seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option("--output", help="JSON file; not given: evaluation.json in the run.", show_default=False)
     ] = None,
+    trials: Annotated[int, typer.Option("--trials", min=0, help="Closed-loop trials per task and policy; 0: none.")] = 0,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", help="Task of the trials; repeatable. Not given: those of the demonstrations.", show_default=False),
+    ] = None,
+    layouts: Annotated[Layouts, typer.Option("--layouts", help="Where objects may stand in the trials.")] = Layouts.stock,
+    execute: Annotated[int, typer.Option("--execute", min=1, help="Waypoints to follow before the run looks again.")] = 8,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Trials at the same time.")] = 2,
+    videos: Annotated[int, typer.Option("--videos", min=0, help="Filmed trials per task and policy.")] = 1,
+    final: Annotated[
+        bool, typer.Option("--final", help="Use the layouts kept for final evaluation (from 900000); not for tuning.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many trials there are and how many are still to run.")] = False,
 ) -> None:
-    """Measure predictions on held-out windows, beside the baseline that holds the first frame."""
-    from mvwan.evaluate import evaluate_prediction, render
+    """Measure predictions on held-out windows beside baselines; with --trials also success in Meta-World beside its controls."""
+    if trials:
+        from mvwan.closed_loop import TrialSettings, count_missing, evaluate_closed_loop, plan_trials
+        from mvwan.closed_loop import render as render_trials
 
-    result = evaluate_prediction(
-        run, dataset=dataset, windows=windows, denoise_steps=denoise_steps, seed=seed, output=output, progress=True
-    )
-    console().print(render(result))
+        settings = TrialSettings(execute=execute, denoise_steps=denoise_steps, seed=seed, widened=layouts == "widened")
+        planned = plan_trials(run, trials=trials, tasks=task, settings=settings, final=final, videos=videos)
+        named = ", ".join(dict.fromkeys(trial.task for trial in planned))
+        typer.echo(f"closed loop: {len(planned)} trials of {named}, {count_missing(planned)} of them still to run")
+    if dry_run:
+        return
+    if windows:
+        from mvwan.evaluate import evaluate_prediction, render
+
+        result = evaluate_prediction(
+            run, dataset=dataset, windows=windows, denoise_steps=denoise_steps, seed=seed, output=output, progress=True
+        )
+        console().print(render(result))
+    if trials:
+        measured = evaluate_closed_loop(
+            run, trials=trials, tasks=task, settings=settings, final=final, processes=processes, videos=videos, progress=True
+        )
+        console().print(render_trials(measured))
 
 
 @app.command(epilog="Example: mvwan demo --output runs/demo")
