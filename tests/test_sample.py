@@ -25,6 +25,8 @@ from mvwan.sample import denoise, predict, write_prediction
 class StraightPath(nn.Module):
     """The perfect network: knows clean and noise, so its velocity is exact at every sigma. Notes what it was asked."""
 
+    action_head = None
+
     def __init__(self, velocity: torch.Tensor) -> None:
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros(1))
@@ -62,7 +64,7 @@ def test_a_straight_path_is_walked_exactly(denoise_steps: int) -> None:
     noise = flow.draw_noise(7, 0, ["0", "1"], shape[1:])
     network = StraightPath(flow.velocity_target(clean, noise))
     text = torch.zeros(2, 4, 8)
-    found = denoise(network, clean[:, :, :, :1], text, 3, denoise_steps=denoise_steps, seed=7, shift=5.0, precision="no")
+    found, _ = denoise(network, clean[:, :, :, :1], text, 3, denoise_steps=denoise_steps, seed=7, shift=5.0, precision="no")
     assert torch.equal(found[:, :, :, :1], clean[:, :, :, :1])
     assert torch.allclose(found, clean, atol=2e-6)
     sigmas = flow.euler_sigmas(denoise_steps, 5.0)
@@ -79,7 +81,7 @@ def test_the_noise_belongs_to_seed_and_id_not_to_the_batch() -> None:
     def found(ids: list[str], seed: int) -> torch.Tensor:
         given = torch.zeros(len(ids), 2, 96, 1, 2, 2)
         still = StraightPath(torch.zeros(()).expand(len(ids), 2, 96, 2, 2, 2))
-        return denoise(still, given, torch.zeros(1, 1, 1), 2, denoise_steps=1, seed=seed, shift=1.0, precision="no", sample_ids=ids)
+        return denoise(still, given, torch.zeros(1, 1, 1), 2, denoise_steps=1, seed=seed, shift=1.0, precision="no", sample_ids=ids)[0]
 
     both = found(["a", "b"], 0)
     assert torch.equal(found(["b"], 0)[0], both[1])

@@ -25,6 +25,8 @@ def make_batch(size: int = 2, views: int = 3, frames: int = 3, seed: int = 0) ->
         heat=latents[1],
         text=torch.randn(size, 8, 32, generator=generator),
         heat_valid=torch.ones(size, views, frames, dtype=torch.bool),
+        gripper_open=torch.rand(size, 4 * frames - 3, generator=generator),
+        rotation_deg=torch.rand(size, 4 * frames - 3, 3, generator=generator) * 360 - 180,
     ).check()
 
 
@@ -110,9 +112,8 @@ def test_losses_are_those_of_flow_with_the_draws_of_seed_step_and_sample() -> No
 
 def test_a_sample_s_loss_does_not_depend_on_its_batch() -> None:
     module, batch = make(), make_batch()
-    alone = Batch(
-        sample_ids=batch.sample_ids[1:], rgb=batch.rgb[1:], heat=batch.heat[1:], text=batch.text[1:], heat_valid=batch.heat_valid[1:]
-    )
+    tensors = {name: value[1:] for name, value in vars(batch).items()}
+    alone = Batch(**tensors)
     with torch.no_grad():
         torch.testing.assert_close(module(alone, 0, 0).rgb_sum[0], module(batch, 0, 0).rgb_sum[1], rtol=1e-5, atol=0)
 
