@@ -25,7 +25,7 @@ from mvwan.sample import denoise, predict, write_prediction
 class StraightPath(nn.Module):
     """The perfect network: knows clean and noise, so its velocity is exact at every sigma. Notes what it was asked."""
 
-    action_head = None
+    head_action = None
 
     def __init__(self, velocity: torch.Tensor) -> None:
         super().__init__()

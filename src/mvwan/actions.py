@@ -28,10 +28,11 @@ ACTION_HEADS = {"none": 0, "gripper": GRIPPER_LOGITS, "gripper_rotation": GRIPPE
 
 def action_head_of(shapes: Mapping[str, Sequence[int]]) -> str:
     """The value of `model.action_head` that a model with tensors of these names and shapes has, by the rows of the head's last layer."""
-    shape = shapes.get("action_head.proj_out.bias", (0,))
+    shape = shapes.get("head_action.proj_out.bias", (0,))
     rows = {FRAMES_PER_LATENT * logits: name for name, logits in ACTION_HEADS.items()}
     if len(shape) != 1 or shape[0] not in rows:
-        raise MvwanError(f"action_head.proj_out.bias is {list(shape)}; an action head has one of {', '.join(map(str, rows))} values there")
+        sizes = " or ".join(str(size) for size in rows if size)
+        raise MvwanError(f"head_action.proj_out.bias is {list(shape)}; an action head has {sizes} values there")
     return rows[shape[0]]
 
 
@@ -125,7 +126,7 @@ def action_losses(
     sums = {"gripper_sum": torch.where(has_opening, gripper, torch.zeros_like(gripper)).sum(dim=1), "gripper_count": has_opening.sum(dim=1)}
     if logits.shape[-1] == GRIPPER_LOGITS:
         return sums
-    by_bin = rearrange(_rotation_logits(logits).float(), "B F axis bin -> B bin F axis")
+    by_bin = rearrange(_rotation_logits(logits).float(), "B F xyz bin -> B bin F xyz")
     rotation = functional.cross_entropy(by_bin, bins_of(rotation_deg.nan_to_num()), reduction="none").mean(dim=-1)
     sums["rotation_sum"] = torch.where(has_turn, rotation, torch.zeros_like(rotation)).sum(dim=1)
     return sums | {"rotation_count": has_turn.sum(dim=1)}
@@ -133,7 +134,7 @@ def action_losses(
 
 def _rotation_logits(logits: torch.Tensor) -> torch.Tensor:
     """[B F 3 72] of logits [B F A]."""
-    return rearrange(logits[..., GRIPPER_LOGITS:], "B F (axis bin) -> B F axis bin", axis=3)
+    return rearrange(logits[..., GRIPPER_LOGITS:], "B F (xyz bin) -> B F xyz bin", xyz=3)
 
 
 # ── read out ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -193,7 +193,7 @@ def _check_rgb_only(tensors: TensorFile, found: Path, rgb_only: bool) -> None:
 
 def _lost(tensors: Mapping[str, torch.Tensor]) -> str:
     lost = dict.fromkeys(name for name in tensors if not has_place_in_stock(name))
-    heads = "the heatmap head, the action head" if any(name.startswith("action_head.") for name in lost) else "the heatmap head"
+    heads = "the heatmap head, the action head" if any(name.startswith("head_action.") for name in lost) else "the heatmap head"
     return f"{heads} and all of view attention ({len(lost)} trained tensors: {_count(lost)})"
 
 

@@ -145,7 +145,7 @@ def denoise(
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         for sigma, next_sigma in pairwise(sigmas):
             timestep = flow.timestep(torch.full((batch,), sigma, device=device))
-            if next_sigma == 0 and model.action_head is not None:
+            if next_sigma == 0 and model.head_action is not None:
                 velocity, logits = model(latents, timestep, text, condition_frames=condition_frames, return_action=True)
             else:
                 velocity = model(latents, timestep, text, condition_frames=condition_frames)

@@ -198,7 +198,7 @@ class MultiViewWan(WanTransformer3DModel):
         self._patch, self._fusion, self._channels, self._text_dim = patch, fusion, in_channels, text_dim
         self.head_rgb = StreamHead(dim, out_channels * math.prod(patch_size), eps)
         self.head_heatmap = StreamHead(dim, out_channels * math.prod(patch_size), eps)
-        self.action_head = None if action_head == "none" else ActionHead(dim, ACTION_HEADS[action_head], eps)
+        self.head_action = None if action_head == "none" else ActionHead(dim, ACTION_HEADS[action_head], eps)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -215,7 +215,7 @@ class MultiViewWan(WanTransformer3DModel):
         `condition_frames` latent frames get 0 in its place; or [B f], taken as it is. text [B L D] or [1 L D], text-encoder output,
         zero after each prompt. Raises `MvwanError` for shapes that do not fit, and for `return_action` without an action head.
         """
-        if return_action and self.action_head is None:
+        if return_action and self.head_action is None:
             raise MvwanError('return_action: this model has no action head. Load it with action_head="gripper" or "gripper_rotation".')
         self._check(latents, timestep, text, condition_frames)
         if timestep.ndim == 1:
@@ -251,7 +251,7 @@ class MultiViewWan(WanTransformer3DModel):
         velocity = rearrange(
             patches, "m B V f (h w) (p q C) -> B V (m C) f (h p) (w q)", B=batch, h=height // p, w=width // q, p=p, q=q
         ).to(latents.dtype)  # fmt: skip
-        return velocity, self.action_head(x, time) if return_action and self.action_head is not None else None
+        return velocity, self.head_action(x, time) if return_action and self.head_action is not None else None
 
     def _recompute(self, block: nn.Module, *arguments: Any) -> torch.Tensor:
         assert self._gradient_checkpointing_func is not None  # set by enable_gradient_checkpointing()
@@ -337,13 +337,13 @@ def initial_values(
 def _action_values(stock: Mapping[str, torch.Tensor], logits: int, seed: int) -> dict[str, tuple[torch.Tensor, str]]:
     """The action head's part of `initial_values`: it starts by saying the same of every frame, from a plain mean over tokens."""
     like, generator = stock["proj_out.weight"], torch.Generator().manual_seed(seed)
-    values = {"action_head.scale_shift_table": (stock["scale_shift_table"].clone(), "copy of the stock head")}
+    values = {"head_action.scale_shift_table": (stock["scale_shift_table"].clone(), "copy of the stock head")}
     shapes = {"proj_in": (ACTION_WIDTH, like.shape[1]), "hidden": (ACTION_WIDTH, ACTION_WIDTH)}
     for name, shape in shapes.items():
         drawn = torch.randn(shape, generator=generator) / math.sqrt(shape[1])
-        values[f"action_head.{name}.weight"] = (drawn.to(like.device, like.dtype), "drawn from the seed")
+        values[f"head_action.{name}.weight"] = (drawn.to(like.device, like.dtype), "drawn from the seed")
     zeros = {"proj_in.bias": (ACTION_WIDTH,), "hidden.bias": (ACTION_WIDTH,), "pool.weight": (1, ACTION_WIDTH)}
     rows = FRAMES_PER_LATENT * logits
     for name, shape in (zeros | {"proj_out.weight": (rows, ACTION_WIDTH), "proj_out.bias": (rows,)}).items():
-        values[f"action_head.{name}"] = (like.new_zeros(shape), "zero")
+        values[f"head_action.{name}"] = (like.new_zeros(shape), "zero")
     return values

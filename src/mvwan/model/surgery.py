@@ -83,7 +83,7 @@ def adapt(
 
 
 _ONLY_IN_MULTI_VIEW = re.compile(
-    r"(blocks\.\d+\.(mvs_attn|projector|modulation_mvs)|head_heatmap|action_head|patch_embedding_heatmap)(\..+|$)"
+    r"(blocks\.\d+\.(mvs_attn|projector|modulation_mvs)|head_heatmap|head_action|patch_embedding_heatmap)(\..+|$)"
 )
 
 

@@ -40,7 +40,7 @@ GROUPS: tuple[Group, ...] = (
     Group("lora_mvs", rf"blocks\.\d+\.mvs_attn\.{_QKVO}", "lora", "view attention"),
     Group("patch_embedding", r"patch_embedding(_heatmap)?\.(weight|bias)", "full", "latents to tokens"),
     Group("heads", r"head_(rgb|heatmap)\..+", "full", "tokens to velocity, each with its own modulation"),
-    Group("action_head", r"action_head\..+", "full", "tokens to gripper and rotation; only where the model has this head"),
+    Group("action_head", r"head_action\..+", "full", "tokens to gripper and rotation; only where the model has this head"),
     Group("projector", r"blocks\.\d+\.projector\.(weight|bias)", "full", "output of view attention, zero at the start"),
     Group("modulation_mvs", r"blocks\.\d+\.modulation_mvs", "full", "time modulation of view attention"),
     Group("modulation", r"blocks\.\d+\.scale_shift_table", "frozen", "AdaLN time modulation of the block (switch)"),
