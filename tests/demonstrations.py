@@ -9,7 +9,10 @@ from mvwan.data.lerobot import write_dataset
 
 
 def write_demonstrations(root: Path) -> Path:
-    """`root`, a dataset of four episodes of nine frames at 64 px in three views; the ball is drawn where it projects."""
+    """`root`, a dataset of four episodes of nine frames at 64 px in three views; the ball is drawn where it projects.
+
+    The gripper closes on its way, one frame later in each episode.
+    """
     intrinsics = np.array([[64.0, 0, 32], [0, 64.0, 32], [0, 0, 1]])
     cameras = []
     for name, angle in (("left", -0.5), ("right", 0.5), ("front", 0.0)):
@@ -36,7 +39,7 @@ def write_demonstrations(root: Path) -> Path:
                 rgb=rgb,
                 point_m=point_m,
                 hand_m=point_m,
-                gripper_open=np.ones(9),
+                gripper_open=np.arange(9) < 3 + episode,
                 action=np.zeros((9, 4)),
                 success=np.ones(9, bool),
             )

@@ -52,6 +52,7 @@ def manifest_of(module: HeatmapWanTrainingModule) -> dict[str, Any]:
         "base": {"id": config.base.source, "digest": base_digest(config.base.source)},
         "views": config.model.views,
         "fusion": config.model.fusion,
+        "action_head": config.model.action_head,
         "lora": {"rank": lora.rank, "alpha": float(lora.rank if lora.alpha is None else lora.alpha)},
         "unfreeze_modulation_and_norms": config.unfreeze_modulation_and_norms,
         "groups": module.saved_groups(),

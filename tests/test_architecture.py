@@ -31,7 +31,7 @@ FLOORS: dict[float, tuple[str, ...]] = {
         "report_figures",
         "sim.tasks",
     ),
-    1.5: ("data.episode", "flow"),
+    1.5: ("actions", "data.episode", "flow"),
     2: ("data.lerobot", "data.transforms", "model.trainable", "model.wan", "presets", "report_frames", "trajectory"),
     3: ("checkpoint", "compatibility", "data.dataset", "model.latents", "model.movement", "model.multiview_wan"),
     4: ("checkpoint_writer", "latent_cache", "model.surgery"),

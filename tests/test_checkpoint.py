@@ -17,8 +17,9 @@ from mvwan import checkpoint
 from mvwan.checkpoint import TRAINED, latest_checkpoint, load_trained
 from mvwan.errors import MvwanError
 from mvwan.files import sha256_file
+from mvwan.model.surgery import load_as_trained
 from mvwan.training_module import HeatmapWanTrainingModule
-from tests.saved import make_module, same, save
+from tests.saved import make_module, same, save, save_run
 
 torch.set_num_threads(1)  # sizes are tiny: waking threads costs more than they do
 
@@ -48,6 +49,23 @@ def test_what_is_saved_comes_back_to_the_bit(on: HeatmapWanTrainingModule, tmp_p
     assert module.fit is not None
     assert module.fit.outcome == "exact"
     assert same(module.saved_tensors(), on.saved_tensors())
+
+
+@pytest.mark.parametrize("head", ["gripper", "gripper_rotation"])
+def test_an_action_head_is_saved_under_its_group_and_comes_back(head: str, tmp_path: Path) -> None:
+    module = save_run(tmp_path, ema=True, model={"action_head": head})
+    tensors, manifest = load_trained(tmp_path)
+    assert manifest["action_head"] == head
+    names = manifest["groups"]["action_head"]["names"]
+    assert manifest["groups"]["action_head"]["mode"] == "full"
+    assert len(names) == 8 and all(name.startswith("head_action.") for name in names)
+    assert tensors["head_action.proj_out.weight"].any(), "the comparison would hold without moved values"
+    again = HeatmapWanTrainingModule(config=module.config, checkpoint=tmp_path, print_banners=False)
+    assert again.fit is not None and again.fit.outcome == "exact"
+    assert same(again.saved_tensors(), module.saved_tensors())
+    model, config = load_as_trained(checkpoint.find_checkpoint(tmp_path))
+    assert config.model.action_head == head
+    assert same({name: dict(model.named_parameters())[name] for name in names}, {name: tensors[name] for name in names})
 
 
 def test_a_checkpoint_is_readable_like_any_file_and_holds_no_pickle(off: HeatmapWanTrainingModule, tmp_path: Path) -> None:
@@ -178,6 +196,9 @@ def test_a_manifest_of_another_format_is_refused(off: HeatmapWanTrainingModule, 
     folder = save(off, tmp_path)
     forge(folder, format_version=2)
     with pytest.raises(MvwanError, match="format version 2; this mvwan reads 1"):
+        load_trained(folder)
+    forge(folder, format_version=1, action_head="hand")
+    with pytest.raises(MvwanError, match="no usable action_head"):
         load_trained(folder)
     forge(folder, format_version=1, groups=[])
     with pytest.raises(MvwanError, match="no usable groups"):

@@ -126,8 +126,9 @@ def test_half_an_adapter_and_nan_of_an_older_file_are_found(tmp_path: Path) -> N
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_group_that_stood_still_is_said_to(dtype: str, tmp_path: Path) -> None:
     """In bfloat16, too, where trained tensors start from the rounded base."""
-    still = ("lora_mvs", "modulation", "projector", "heads")
-    save_run(tmp_path, still=still, unfreeze_modulation_and_norms=True, base={"source": str(BASE), "dtype": dtype})
+    still = ("lora_mvs", "modulation", "projector", "heads", "action_head")
+    sections = {"base": {"source": str(BASE), "dtype": dtype}, "model": {"action_head": "gripper"}, "unfreeze_modulation_and_norms": True}
+    save_run(tmp_path, still=still, **sections)
     rows = {row.group: row for row in distances(tmp_path, BASE)}
     assert {name for name, row in rows.items() if row.moved == 0} == set(still)
     assert all(row.moved == row.tensors for name, row in rows.items() if name not in still)

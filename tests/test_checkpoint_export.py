@@ -24,6 +24,7 @@ RANK = {"rank": 4}
 ALPHA = {"trainable": {"lora": {"rank": 4, "alpha": 10.0}}}
 FROZEN_PROJECTOR = {"trainable": {"lora": RANK, "groups": {"projector": {"mode": "frozen"}}}}
 STREAMS = {"model": {"views": 2, "fusion": "view"}}
+HEAD = {"model": {"views": 2, "fusion": "view", "action_head": "gripper"}}
 
 
 def same(left: Any, right: Any) -> bool:
@@ -58,15 +59,21 @@ def test_an_older_file_exported_is_itself(name: str, tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt"}
 
 
-@pytest.mark.parametrize("sections", [{}, {"unfreeze_modulation_and_norms": True}, STREAMS], ids=["switch off", "switch on", "fusion view"])
+@pytest.mark.parametrize(
+    "sections", [{}, {"unfreeze_modulation_and_norms": True}, STREAMS, HEAD], ids=["switch off", "switch on", "fusion view", "action head"]
+)
 def test_our_checkpoint_exported_and_loaded_by_path_alone_is_the_same_model(sections: dict[str, Any], tmp_path: Path) -> None:
     module = save_run(tmp_path / "run", **sections)
     written = export_checkpoint(tmp_path / "run", tmp_path / "older.safetensors", "wan-native")
-    model, _ = load_model(BASE, written.path, fusion=module.config.model.fusion)
+    settings = module.config.model
+    model, _ = load_model(BASE, written.path, fusion=settings.fusion, action_head=settings.action_head)
     assert same(parameters_by_name(model), parameters_by_name(module.model))
     stored = load_file(written.path)
     assert "blocks.1.mvs_attn.o.lora_B.default.weight" in stored
     assert ("patch_embedding_heatmap.weight" in stored) == bool(sections.get("model"))
+    layers = ("modulation", "proj_in.weight", "proj_in.bias", "pool.weight", "hidden.weight", "hidden.bias", "head.weight", "head.bias")
+    own = {f"head_action.{layer}" for layer in layers} if sections is HEAD else set()
+    assert {name for name in stored if name.startswith("head_action.")} == own
 
 
 def test_frozen_tensors_that_a_checkpoint_carries_are_in_it(tmp_path: Path) -> None:
@@ -154,7 +161,9 @@ def test_a_checkpoint_without_lora_of_stock_layers_is_refused(tmp_path: Path) ->
 # ── multiview ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("sections", [ALPHA | {"unfreeze_modulation_and_norms": True}, ALPHA | STREAMS], ids=["channel", "view"])
+@pytest.mark.parametrize(
+    "sections", [ALPHA | {"unfreeze_modulation_and_norms": True}, ALPHA | STREAMS, HEAD], ids=["channel", "view", "action head"]
+)
 def test_multiview_is_the_adapted_model(sections: dict[str, Any], tmp_path: Path) -> None:
     module = save_run(tmp_path / "run", **sections)
     written = export_checkpoint(tmp_path / "run", tmp_path / "whole", "multiview")
@@ -164,6 +173,9 @@ def test_multiview_is_the_adapted_model(sections: dict[str, Any], tmp_path: Path
     assert not [name for name, _ in model.named_parameters() if "lora" in name or "base_layer" in name]
     with torch.no_grad():
         expected, output = (part.eval()(*inputs(views)) for part in (module.model, model))
+        if sections is HEAD:
+            ours, theirs = (part(*inputs(views), return_action=True)[1] for part in (module.model, model))
+            assert ours.std() > 0.1 and (ours - theirs).abs().max() < 1e-5 * ours.abs().max()
     assert expected.std() > 0.1
     assert (output - expected).abs().max() < 1e-5 * expected.abs().max()
     assert not load_model(BASE)[0].blocks[0].projector.weight.any(), "the comparison would hold without view attention"
@@ -239,6 +251,14 @@ def test_merged_equals_the_rgb_half_where_view_attention_is_silent(sections: dic
     assert (stock_output(load_transformer(BASE), latents, timestep, text) - expected).abs().max() > 0.1
 
 
+def test_a_merged_export_says_that_the_action_head_is_left_out(tmp_path: Path) -> None:
+    save_run(tmp_path / "run", still=("projector",), **HEAD)
+    with pytest.raises(MvwanError, match=r"would lose the heatmap head, the action head and all of view attention .*action_head 8"):
+        export_checkpoint(tmp_path / "run", tmp_path / "stock", "merged")
+    written = export_checkpoint(tmp_path / "run", tmp_path / "stock", "merged", rgb_only=True)
+    assert not [name for name, _ in WanTransformer3DModel.from_pretrained(written.path).named_parameters() if "action" in name]
+
+
 @pytest.mark.parametrize(
     ("sections", "still", "says"),
     [
@@ -264,7 +284,7 @@ def test_merged_names_what_stands_in_the_way(sections: dict[str, Any], still: tu
 @pytest.mark.parametrize("fusion", ["channel", "view"])
 def test_to_stock_is_the_way_back_from_adapt(fusion: Any) -> None:
     before = {name: parameter.clone() for name, parameter in make_stock(torch.bfloat16).named_parameters()}
-    again = to_stock(adapt(make_stock(torch.bfloat16), fusion=fusion)[0], torch.bfloat16)
+    again = to_stock(adapt(make_stock(torch.bfloat16), fusion=fusion, action_head="gripper")[0], torch.bfloat16)
     assert same(dict(again.named_parameters()), before)
 
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mvwan.checkpoint import load_trained
+from mvwan.checkpoint_export import export_checkpoint
 from mvwan.compatibility import check_identity, check_resume, compatibility, load_into
-from mvwan.config import BaseConfig, Config, LoraConfig, TrainableConfig
+from mvwan.config import BaseConfig, Config, LoraConfig, TrainableConfig, config_from_dict
 from mvwan.errors import MvwanError
 from mvwan.model.trainable import parameters_by_name
 from mvwan.model.wan import base_digest
@@ -20,7 +21,7 @@ from tests.saved import BASE, GOLDEN, make_module, manifest_of, same, save
 torch.set_num_threads(1)  # sizes are tiny: waking threads costs more than they do
 
 
-IDENTITY = {"base": base_digest(BASE), "views": 3, "fusion": "channel", "rank": 4, "alpha": 4.0}
+IDENTITY = {"base": base_digest(BASE), "views": 3, "fusion": "channel", "action_head": "none", "rank": 4, "alpha": 4.0}
 
 
 # ── rules of compatibility ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -138,7 +139,9 @@ def test_fully_trained_attention_of_the_oldest_files_is_taken_over(tmp_path: Pat
 # ── the same run? ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("name", "value"), [("base", "sha256:0"), ("views", 4), ("fusion", "view"), ("rank", 8), ("alpha", 8.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("base", "sha256:0"), ("views", 4), ("fusion", "view"), ("action_head", "gripper"), ("rank", 8), ("alpha", 8.0)]
+)
 def test_another_identity_is_refused_with_both_values(off: HeatmapWanTrainingModule, name: str, value: Any) -> None:
     saved = manifest_of(off)
     check_identity(saved, "file", **IDENTITY)
@@ -163,6 +166,8 @@ def changed_config(config: dict[str, Any], section: str, name: str, value: Any) 
         ("train", "learning_rate", 0.5, False),
         ("model", "views", 4, False),
         ("model", "fusion", "view", False),
+        ("model", "action_head", "gripper", False),
+        ("train", "action_weight", 0.5, False),
         ("", "seed", 1, False),
         ("flow", "shift", 3.0, False),
     ],
@@ -217,3 +222,43 @@ def test_nan_is_not_loaded(off: HeatmapWanTrainingModule) -> None:
     with pytest.raises(MvwanError, match=r"NaN or infinity in patch_embedding\.bias"):
         load_into(module.model, tensors, module.table, "infer", "file")
     assert same(module.saved_tensors(), before)
+
+
+# ── the action head ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def with_head(head: str, load: Path | None = None) -> HeatmapWanTrainingModule:
+    config = config_from_dict(
+        {"base": {"source": str(BASE), "dtype": "float32"}, "trainable": {"lora": {"rank": 4}}, "model": {"action_head": head}}
+    )
+    return HeatmapWanTrainingModule(config=config, checkpoint=load, print_banners=False)
+
+
+@pytest.mark.parametrize(("trained", "wanted"), [("none", "gripper"), ("gripper", "none"), ("gripper", "gripper_rotation")])
+def test_another_action_head_is_refused_whatever_wrote_the_checkpoint(tmp_path: Path, trained: str, wanted: str) -> None:
+    path = save(with_head(trained), tmp_path / "run")
+    native = export_checkpoint(path, tmp_path / "native.safetensors", "wan-native").path
+    for file in (path, native):
+        with pytest.raises(MvwanError, match=rf"was trained with model\.action_head {trained}, here it is {wanted}\. Set it back"):
+            with_head(wanted, load=file)
+        assert with_head(trained, load=file).fit.outcome == "exact"  # type: ignore[union-attr]
+
+
+def test_a_manifest_from_before_there_was_an_action_head_has_none(off: HeatmapWanTrainingModule, tmp_path: Path) -> None:
+    before = manifest_of(off)
+    del before["action_head"], before["config"]["model"]["action_head"], before["config"]["train"]["action_weight"]
+    check_identity(before, "file", action_head="none")
+    check_resume(before | {"step": 4}, manifest_of(off), "run")
+    with pytest.raises(MvwanError, match=r"model\.action_head none, here it is gripper"):
+        check_identity(before, "file", action_head="gripper")
+
+
+def test_tensors_of_a_head_are_never_dropped_or_invented(off: HeatmapWanTrainingModule) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in with_head("gripper").saved_tensors().items()}
+    with pytest.raises(MvwanError, match=r"unknown: head_action\..* and \d more"):
+        compatibility(shapes, off.model, off.table).require("infer", "file")
+    module = with_head("gripper")
+    without = {name: shape for name, shape in shapes.items() if not name.startswith("head_action.")}
+    for purpose in ("infer", "train", "train changed"):
+        with pytest.raises(MvwanError, match=r"missing of the group action_head: head_action\.scale_shift_table"):
+            compatibility(without, module.model, module.table).require(purpose, "file")  # type: ignore[arg-type]

@@ -49,6 +49,8 @@ def perfect(sample: Sample, **changes: np.ndarray) -> Prediction:
         confidence=np.ones((views, frames), np.float32),
         point_m=sample.point_m,
         residual_px=np.zeros(frames),
+        gripper_open=sample.gripper_open,
+        rotation_deg=sample.rotation_deg,
         cameras=sample.cameras,
         prompt=sample.instruction,
     )

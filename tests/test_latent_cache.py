@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from mvwan import latent_cache
 from mvwan.config import AugmentConfig, DataConfig
 from mvwan.data.dataset import WindowDataset, heat_video, read_episodes
 from mvwan.errors import MvwanError
@@ -48,7 +49,24 @@ def test_a_batch_holds_what_the_codec_gives(built: Path, dataset: WindowDataset,
         assert torch.equal(batch.rgb[place], codec.encode_video(np.concatenate([sample.rgb, heat_video(sample, SIGMA_PX)]))[:3])
         assert torch.equal(batch.heat[place], codec.encode_video(np.concatenate([sample.rgb, heat_video(sample, SIGMA_PX)]))[3:])
         assert torch.equal(batch.heat_valid[place], torch.from_numpy(heat_valid(sample.visible)))
+        assert torch.equal(batch.gripper_open[place], torch.from_numpy(sample.gripper_open))
     assert torch.equal(batch.text[0], codec.encode_text(["move the ball"])[0])
+
+
+def test_labels_of_actions_come_from_the_episodes_and_no_entry_holds_them(
+    built: Path, dataset: WindowDataset, codec: LatentCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = LatentCache.open(built, dataset, codec.digest, SIGMA_PX)
+    batch = plain.batch([0, 3])
+    assert batch.gripper_open.shape == (2, 5) and 0 < batch.gripper_open.mean() < 1
+    assert batch.rotation_deg.shape == (2, 5, 3) and bool(batch.rotation_deg.isnan().all())
+    assert not {"gripper_open", "rotation_deg"} & latent_cache._read(plain._keys.samples[0]).keys()
+    turned = np.arange(15, dtype=np.float32).reshape(5, 3)
+    monkeypatch.setattr(dataset, "actions", lambda index: (np.full(5, 0.25, np.float32), turned))
+    again = LatentCache.open(built, dataset, codec.digest, SIGMA_PX).batch([3])
+    assert again.gripper_open.tolist() == [[0.25] * 5]
+    assert torch.equal(again.rotation_deg[0], torch.from_numpy(turned))
+    assert torch.equal(again.rgb[0], batch.rgb[1])
 
 
 def test_nothing_is_encoded_twice(built: Path, dataset: WindowDataset, codec: LatentCodec) -> None:

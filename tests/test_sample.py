@@ -25,6 +25,8 @@ from mvwan.sample import denoise, predict, write_prediction
 class StraightPath(nn.Module):
     """The perfect network: knows clean and noise, so its velocity is exact at every sigma. Notes what it was asked."""
 
+    head_action = None
+
     def __init__(self, velocity: torch.Tensor) -> None:
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros(1))
@@ -62,7 +64,7 @@ def test_a_straight_path_is_walked_exactly(denoise_steps: int) -> None:
     noise = flow.draw_noise(7, 0, ["0", "1"], shape[1:])
     network = StraightPath(flow.velocity_target(clean, noise))
     text = torch.zeros(2, 4, 8)
-    found = denoise(network, clean[:, :, :, :1], text, 3, denoise_steps=denoise_steps, seed=7, shift=5.0, precision="no")
+    found, _ = denoise(network, clean[:, :, :, :1], text, 3, denoise_steps=denoise_steps, seed=7, shift=5.0, precision="no")
     assert torch.equal(found[:, :, :, :1], clean[:, :, :, :1])
     assert torch.allclose(found, clean, atol=2e-6)
     sigmas = flow.euler_sigmas(denoise_steps, 5.0)
@@ -79,7 +81,7 @@ def test_the_noise_belongs_to_seed_and_id_not_to_the_batch() -> None:
     def found(ids: list[str], seed: int) -> torch.Tensor:
         given = torch.zeros(len(ids), 2, 96, 1, 2, 2)
         still = StraightPath(torch.zeros(()).expand(len(ids), 2, 96, 2, 2, 2))
-        return denoise(still, given, torch.zeros(1, 1, 1), 2, denoise_steps=1, seed=seed, shift=1.0, precision="no", sample_ids=ids)
+        return denoise(still, given, torch.zeros(1, 1, 1), 2, denoise_steps=1, seed=seed, shift=1.0, precision="no", sample_ids=ids)[0]
 
     both = found(["a", "b"], 0)
     assert torch.equal(found(["b"], 0)[0], both[1])
@@ -111,6 +113,46 @@ def test_prediction_of_a_bare_model(model: MultiViewWan, codec: LatentCodec, win
     assert not np.array_equal(first.rgb[:, 1:], other.rgb[:, 1:])
 
 
+@pytest.mark.parametrize("head", ["none", "gripper", "gripper_rotation"])
+def test_actions_of_a_prediction(head: str, codec: LatentCodec, window) -> None:
+    own = mvwan.load_model("tiny", lora_rank=2, action_head=head)[0]  # type: ignore[arg-type]
+    if own.head_action is not None:
+        torch.nn.init.normal_(own.head_action.proj_out.weight, std=3.0, generator=torch.Generator().manual_seed(0))
+    given = {"steps": 2, "codec": codec, "config": SETTINGS}
+    said = predict(own, window.rgb[:, 0], "move the ball", window.cameras, **given)
+    told = predict(own, window.rgb[:, 0], "move the ball", window.cameras, gripper_open=0.125, **given)
+    unsure = predict(own, window.rgb[:, 0], "move the ball", window.cameras, gripper_open=np.array([np.nan]), **given)
+    for found in (said, told, unsure):
+        assert (found.gripper_open.shape, found.gripper_open.dtype) == ((5,), np.float32)
+        assert (found.rotation_deg.shape, found.rotation_deg.dtype) == ((5, 3), np.float32)
+        assert np.isnan(found.rotation_deg).all() == (head != "gripper_rotation")
+    if head == "none":
+        assert np.isnan(said.gripper_open).all() and np.isnan(told.gripper_open).all()
+    else:
+        assert ((said.gripper_open > 0) & (said.gripper_open < 1)).all() and len(set(said.gripper_open.tolist())) == 5
+        assert told.gripper_open.tolist() == [0.125, *said.gripper_open.tolist()[1:]]
+        assert np.array_equal(unsure.gripper_open, said.gripper_open)
+    if head == "gripper_rotation":
+        assert not said.rotation_deg[0].any() and said.rotation_deg[1:].any()
+        assert not (said.rotation_deg % 5).any() and np.abs(said.rotation_deg).max() <= 180
+
+
+def test_actions_are_read_from_the_last_network_call(codec: LatentCodec) -> None:
+    own = mvwan.load_model("tiny", lora_rank=2, action_head="gripper")[0]
+    torch.nn.init.normal_(own.head_action.proj_out.weight, generator=torch.Generator().manual_seed(0))  # type: ignore[union-attr]
+    calls: list[tuple[float, bool, torch.Tensor]] = []
+    own.register_forward_pre_hook(
+        lambda _, given, more: calls.append((float(given[1][0]), more.get("return_action", False), given[0].clone())), with_kwargs=True
+    )
+    text, given = codec.encode_text(["move the ball"]), torch.zeros(1, 2, 96, 1, 2, 2)
+    _, logits = denoise(own, given, text, 2, denoise_steps=3, seed=0, shift=5.0, precision="no")
+    assert [asked for _, asked, _ in calls] == [False, False, True]
+    assert calls[-1][0] == min(timestep for timestep, _, _ in calls)
+    timestep, _, latents = calls[-1]
+    with torch.no_grad():
+        assert torch.equal(logits, own(latents, torch.tensor([timestep]), text, return_action=True)[1])  # type: ignore[arg-type]
+
+
 def test_without_a_point_the_first_heatmap_is_blank(model: MultiViewWan, codec: LatentCodec, window) -> None:
     found = predict(model, window.rgb[:, 0], "move the ball", window.cameras, steps=1, codec=codec, config=SETTINGS)
     assert not found.heat[:, 0].any()
@@ -129,6 +171,8 @@ def test_pictures_that_do_not_fit_are_refused(model: MultiViewWan, codec: Latent
         (window.rgb[:, 0], {"num_frames": 6}, "4\\*k\\+1"),
         (window.rgb[:, 0], {"num_frames": 1}, "more pictures than are given"),
         (window.rgb[:, 0], {"point_m": np.zeros(2)}, "one point in metres per given picture"),
+        (window.rgb[:, 0], {"gripper_open": 1.5}, "one opening in 0..1 per given picture, of which there are 1"),
+        (window.rgb[:, 0], {"gripper_open": np.zeros(2)}, "one opening in 0..1 per given picture"),
         (window.rgb[:, 0], {"steps": 0}, "at least one Euler step"),
         (window.rgb[:, 0], {"codec": None}, "a bare model needs codec"),
     ]

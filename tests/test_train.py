@@ -172,6 +172,58 @@ def test_the_stored_loss_curve_is_reproduced(settings: dict[str, Any], tmp_path:
     assert curve["held_out"] == pytest.approx(stored["held_out"], rel=2e-4)
 
 
+# ── the action head ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+HEAD = {"model": {"action_head": "gripper"}}
+
+
+@pytest.fixture(scope="module")
+def headed(golden_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, trainer.TrainResult]:
+    """A run with an action head."""
+    output = tmp_path_factory.mktemp("headed") / "run"
+    config = config_of(golden_run, HEAD)
+    return config, output, train(config, output)
+
+
+def test_an_action_head_is_in_the_losses_the_table_the_proof_and_the_checkpoint(headed: tuple[Config, Path, trainer.TrainResult]) -> None:
+    _, output, result = headed
+    for line in result.history:
+        for losses_of in (line, *line.get("bands", {}).values()):
+            video = 0.5 * losses_of["rgb_loss"] + 0.5 * losses_of["heat_loss"]
+            assert losses_of["loss"] == pytest.approx(video + 0.1 * losses_of["loss_gripper"])
+            assert "loss_rotation" not in losses_of
+    assert result.history[0]["loss_gripper"] == pytest.approx(np.log(2)), "step 0 says that either is as likely"
+    assert result.losses.keys() == {"loss", "rgb_loss", "heat_loss", "loss_gripper"}
+    for groups in (read_json(output / "table.json")["groups"], read_json(output / "movement.json")["groups"]):
+        assert "action_head" in [group.get("name", group.get("group")) for group in groups]
+    manifest = load_trained(output).manifest
+    assert (manifest["action_head"], manifest["groups"]["action_head"]["tensors"]) == ("gripper", 8)
+
+
+def test_a_run_with_an_action_head_resumes_to_the_bit(headed: tuple[Config, Path, trainer.TrainResult], tmp_path: Path) -> None:
+    config, whole, _ = headed
+    shutil.copytree(whole, tmp_path / "halved")
+    shutil.rmtree(tmp_path / "halved" / "checkpoints" / "step-000004")
+    train(config, tmp_path / "halved", resume=True)
+    assert final_digests(tmp_path / "halved") == final_digests(whole)
+    with pytest.raises(MvwanError, match=r"model\.action_head: gripper in the checkpoint, none now"):
+        train(config_of(config.to_dict(), {"model": {"action_head": "none"}}), tmp_path / "halved", resume=True)
+    start = {"train": {"from_checkpoint": str(whole)}, "model": {"action_head": "none"}}
+    with pytest.raises(MvwanError, match=r"was trained with model\.action_head gripper, here it is none"):
+        train(config_of(config.to_dict(), start), tmp_path / "other")
+
+
+def test_two_micro_batches_are_one_batch_of_two_for_the_action_head_too(settings: dict[str, Any], tmp_path: Path) -> None:
+    quiet = {"train": {"evaluate_every": 0, "steps": 3, "max_gradient_norm": 0.0}}
+    one = train(config_of(settings, EXACT, HEAD, quiet, {"train": {"batch_size": 2, "gradient_accumulation": 1}}), tmp_path / "one")
+    two = train(config_of(settings, EXACT, HEAD, quiet), tmp_path / "two")
+    names = ("loss", "loss_gripper", "gradient_norm")
+    left, right = ([line[name] for line in run.history for name in names] for run in (one, two))
+    assert left == pytest.approx(right, rel=1e-4)
+    for line, other in zip(one.history, two.history, strict=True):
+        assert line["gradient_norms"]["action_head"] == pytest.approx(other["gradient_norms"]["action_head"], rel=1e-4)
+
+
 # ── resuming ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -326,6 +378,7 @@ def test_training_starts_from_a_checkpoint_of_the_older_system(settings: dict[st
         ({"train": {"tracker": "swanlab"}}, r"the package swanlab is not installed\. Run `pip install swanlab`"),
         ({"data": {"root": "no/such/data"}}, "no such folder"),
         ({"model": {"views": 2}}, "model.views=2"),
+        ({"model": {"action_head": "gripper_rotation"}}, "no window of the dataset says how the hand is turned"),
         ({"base": {"source": "no/such/base.safetensors"}}, "no such file"),
         ({"trainable": {"groups": {"projektor": {"mode": "full"}}}}, "Did you mean 'projector'"),
     ],

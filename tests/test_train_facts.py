@@ -26,6 +26,8 @@ def make_batch(frames: int = 3, side: int = 4) -> Batch:
         heat=latents[1],
         text=torch.randn(1, 8, 32, generator=generator),
         heat_valid=torch.ones(1, 3, frames, dtype=torch.bool),
+        gripper_open=torch.ones(1, 4 * frames - 3),
+        rotation_deg=torch.zeros(1, 4 * frames - 3, 3),
     )
 
 

@@ -13,7 +13,10 @@ import torch
 
 from mvwan.cameras import Camera
 from mvwan.errors import MvwanError
-from mvwan.shapes import check_num_frames, num_latent_frames
+from mvwan.shapes import check_num_frames, num_frames_of, num_latent_frames
+
+_UNIT_WITHIN = 0.01
+"""A quaternion whose length is further from 1 is none."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -40,7 +43,8 @@ class Episode:
     read_rgb: Callable[[Sequence[int]], np.ndarray] = field(repr=False)
     """frames -> [V len(frames) H W 3] uint8."""
     extra: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
-    """Further per-frame arrays of the source by name (`action` [F A], `hand_m` [F 3], `state` [F K])."""
+    """Further per-frame arrays of the source by name: `action` [F A], `hand_m` [F 3], `state` [F K], and `hand_quaternion_wxyz` [F 4],
+    the hand's orientation in the world frame as unit quaternions (w, x, y, z), NaN where not recorded."""
     fingerprint: str = ""
     """Changes whenever the stored bytes of the episode change; part of the latent cache's key."""
 
@@ -60,6 +64,12 @@ class Episode:
         )
         for name, values in self.extra.items():
             _require(len(values) == frames, f"episode {self.name}: {name} has {len(values)} rows, needs {frames}")
+        if "hand_quaternion_wxyz" in self.extra:
+            given = self.extra["hand_quaternion_wxyz"]
+            _require(given.shape == (frames, 4), f"episode {self.name}: hand_quaternion_wxyz is {given.shape}, needs ({frames}, 4)")
+            off = np.abs(np.linalg.norm(given, axis=1) - 1) > _UNIT_WITHIN
+            first = int(off.argmax())
+            _require(not off.any(), f"episode {self.name}: hand_quaternion_wxyz of frame {first} is {given[first]}, not of length 1")
         return self
 
 
@@ -81,7 +91,9 @@ class Sample:
     point_m: np.ndarray
     """[F 3] float64, metres, in the frame of `cameras`."""
     gripper_open: np.ndarray
-    """[F] float32."""
+    """[F] float32, 0 closed .. 1 open; NaN where not recorded."""
+    rotation_deg: np.ndarray
+    """[F 3] float32, the turn of the hand since frame 0 as in `actions`; NaN where not recorded."""
 
     def check(self) -> "Sample":
         """Itself, or `MvwanError` that names the sample and the field at fault."""
@@ -95,6 +107,7 @@ class Sample:
             ("visible", (views, frames)),
             ("point_m", (frames, 3)),
             ("gripper_open", (frames,)),
+            ("rotation_deg", (frames, 3)),
         ):
             given = getattr(self, name).shape
             _require(given == shape, f"sample {self.sample_id}: {name} is {given}, needs {shape}")
@@ -115,6 +128,10 @@ class Batch:
     """[B L D] float32, zero after each prompt's own tokens."""
     heat_valid: torch.Tensor
     """[B V f] bool: every frame of the latent frame shows the point; elsewhere the heat stream is left out of the loss."""
+    gripper_open: torch.Tensor
+    """[B F] float32, 0 closed .. 1 open; NaN where not recorded."""
+    rotation_deg: torch.Tensor
+    """[B F 3] float32, the turn of the hand since frame 0 as in `actions`; NaN where not recorded."""
 
     @property
     def latents(self) -> torch.Tensor:
@@ -123,7 +140,8 @@ class Batch:
 
     def to(self, device: Any) -> "Batch":
         """The same batch on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("rgb", "heat", "text", "heat_valid")}
+        names = ("rgb", "heat", "text", "heat_valid", "gripper_open", "rotation_deg")
+        moved = {name: getattr(self, name).to(device) for name in names}
         return Batch(sample_ids=self.sample_ids, **moved)
 
     def check(self) -> "Batch":
@@ -137,6 +155,9 @@ class Batch:
             tuple(self.heat_valid.shape) == (batch, views, frames),
             f"batch: heat_valid is {tuple(self.heat_valid.shape)}, needs {(batch, views, frames)}",
         )
+        for name, shape in (("gripper_open", (batch, num_frames_of(frames))), ("rotation_deg", (batch, num_frames_of(frames), 3))):
+            given = tuple(getattr(self, name).shape)
+            _require(given == shape, f"batch: {name} is {given}, needs {shape}")
         return self
 
 
@@ -156,6 +177,10 @@ class Prediction:
     """[F 3] float64, triangulated from the peaks."""
     residual_px: np.ndarray
     """[F] float64, root mean square distance of the peaks to the projected point."""
+    gripper_open: np.ndarray
+    """[F] float32, 0 closed .. 1 open; NaN throughout when the model has no action head."""
+    rotation_deg: np.ndarray
+    """[F 3] float32, the turn of the hand since frame 0 as in `actions`; NaN throughout when the model has no head for it."""
     cameras: tuple[Camera, ...]
     prompt: str
 
@@ -168,8 +193,13 @@ class Prediction:
             ("confidence", (views, frames)),
             ("point_m", (frames, 3)),
             ("residual_px", (frames,)),
+            ("gripper_open", (frames,)),
+            ("rotation_deg", (frames, 3)),
         ):
             given = getattr(self, name).shape
             _require(given == shape, f"prediction: {name} is {given}, needs {shape}")
         _require(self.heat.shape == self.rgb.shape[:-1], f"prediction: heat is {self.heat.shape}, needs {self.rgb.shape[:-1]}")
+        for name, low, high in (("gripper_open", 0, 1), ("rotation_deg", -180, 180)):
+            values = getattr(self, name)
+            _require(not ((values < low) | (values > high)).any(), f"prediction: {name} must be in {low}..{high} or NaN")
         return self

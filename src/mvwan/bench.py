@@ -22,7 +22,7 @@ from mvwan.config import Config, config_from_dict
 from mvwan.errors import MvwanError
 from mvwan.model.trainable import apply, optimizer_groups, resolve_groups
 from mvwan.model.wan import load_transformer
-from mvwan.shapes import LATENT_CHANNELS, PATCH_SIZE, num_tokens
+from mvwan.shapes import LATENT_CHANNELS, PATCH_SIZE, num_frames_of, num_tokens
 from mvwan.training_module import HeatmapWanTrainingModule
 
 STOCK, OFF, ON = "stock, views alone", "multi-view, off", "multi-view, on"
@@ -139,6 +139,8 @@ def _multiview_arm(config: Config, sizes: Sizes, seed: int) -> tuple[Step, int]:
         heat=torch.randn(shape, generator=generator),
         text=torch.randn(sizes.batch, sizes.text_tokens, module.model.config["text_dim"], generator=generator),
         heat_valid=torch.ones(sizes.batch, sizes.views, sizes.latent_frames, dtype=torch.bool),
+        gripper_open=torch.full((sizes.batch, num_frames_of(sizes.latent_frames)), torch.nan),
+        rotation_deg=torch.full((sizes.batch, num_frames_of(sizes.latent_frames), 3), torch.nan),
     ).check()
 
     def step(number: int) -> None:

@@ -8,8 +8,8 @@
             ema.safetensors         their moving average, when there is one
             optimizer.safetensors   `exp_avg/<name>` and `exp_avg_sq/<name>`
             state.json              step, updates per group; schedule, data order, sigma and noise are functions of (seed, step, sample)
-            manifest.json           base and its digest, views, fusion, groups with names, counts and digests, held-out loss, settings,
-                                    versions, accepted changes of what trains, and the SHA-256 of every file above
+            manifest.json           base and its digest, views, fusion, action head, groups with names, counts and digests, held-out
+                                    loss, settings, versions, accepted changes of what trains, and the SHA-256 of every file above
             COMMITTED               written last: the SHA-256 of manifest.json
 
 So every byte is vouched for, and nothing is pickled. Frozen tensors that a run took over from another checkpoint (`newer`)
@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mvwan.actions import ACTION_HEADS, action_head_of
 from mvwan.errors import MvwanError
 from mvwan.files import (
     COMMIT_MARK,
@@ -234,6 +235,7 @@ def _unusable(manifest: Mapping[str, Any]) -> list[str]:
     usable = {
         "views": manifest["views"] >= 1,
         "fusion": manifest["fusion"] in ("channel", "view"),
+        "action_head": manifest.get("action_head", "none") in ACTION_HEADS,
         "step": 0 <= manifest["step"] < _STEPS_END,
         "base": {"id", "digest"} <= manifest["base"].keys() and all(isinstance(manifest["base"][key], str) for key in ("id", "digest")),
         "lora.rank": isinstance(rank, int) and 1 <= rank < _STEPS_END,
@@ -327,15 +329,15 @@ def _damaged(path: Path, why: str = "its digest is not the one recorded when it 
 
 
 def _load_older(path: Path) -> Trained:
-    """A file of the older system; rank from its shapes, switch and fusion from its names; alpha is unknown (None)."""
+    """A file of the older system; rank and action head from its shapes, switch and fusion from its names; alpha is unknown (None)."""
     stored = TensorFile(path)
     if not stored:
         raise MvwanError(f"{path}: holds no tensors")
     try:
-        names = to_ours(stored)
+        tensors = stored.renamed(to_ours(stored))
+        action_head = action_head_of(tensors.shapes)
     except MvwanError as error:
         raise MvwanError(f"{path}: not a checkpoint of mvwan or of the older system; {error}") from None
-    tensors = stored.renamed(names)
     ranks: dict[int, list[str]] = {}
     for name, shape in tensors.shapes.items():
         if ".lora_A." in name:
@@ -349,6 +351,7 @@ def _load_older(path: Path) -> Trained:
         "base": {"id": None, "digest": None},
         "views": None,
         "fusion": "view" if any(name.startswith("patch_embedding_heatmap.") for name in tensors) else "channel",
+        "action_head": action_head,
         "unfreeze_modulation_and_norms": any(re.fullmatch(r"blocks\.\d+\.scale_shift_table", name) for name in tensors),
         "lora": {"rank": rank, "alpha": None},
         "groups": {},

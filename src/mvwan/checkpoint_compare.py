@@ -129,13 +129,13 @@ def distances(path: str | Path, base: str | Path) -> tuple[GroupDistance, ...]:
     found = find_checkpoint(path)
     tensors, manifest = load_trained(found)
     # Trained tensors start from the base's values in the type in which the run held the base.
-    dtype, random_weights, seed = None, False, 0
+    dtype, random_weights, seed, action_head = None, False, 0, manifest.get("action_head", "none")
     if manifest["format_version"] != OLDER_SYSTEM:
         config = config_from_dict(manifest["config"], f"checkpoint {found}: config")
         dtype, random_weights, seed = getattr(torch, config.base.dtype), config.base.random_weights, config.seed
         check_identity(manifest, found, base=base_digest(base, random_weights, seed))
     stock = load_transformer(base, dtype, random_weights=random_weights, seed=seed)
-    model, _ = adapt(stock, manifest["views"] or 3, manifest["fusion"])
+    model, _ = adapt(stock, manifest["views"] or 3, manifest["fusion"], action_head, seed)
     initial = {name: parameter.detach() for name, parameter in parameters_by_name(model).items()}
     _check_shapes(found, tensors.shapes, initial)
     rank, alpha = manifest["lora"]["rank"], manifest["lora"]["alpha"]
@@ -291,7 +291,7 @@ def _said(manifest: Mapping[str, Any]) -> dict[str, Any]:
     names = {"views": "views", "fusion": "fusion", "switch": "unfreeze_modulation_and_norms", "step": "step"}
     base, lora = manifest["base"], manifest["lora"]
     said = {"base": base.get("id"), "base digest": base.get("digest"), "LoRA rank": lora.get("rank"), "LoRA alpha": lora.get("alpha")}
-    return said | {name: manifest[key] for name, key in names.items()}
+    return said | {"action head": manifest.get("action_head", "none")} | {name: manifest[key] for name, key in names.items()}
 
 
 def _shared_groups(a: Mapping[str, Any], b: Mapping[str, Any], left: Mapping[str, str], right: Mapping[str, str]) -> dict[str, list[str]]:

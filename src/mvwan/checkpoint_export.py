@@ -193,7 +193,8 @@ def _check_rgb_only(tensors: TensorFile, found: Path, rgb_only: bool) -> None:
 
 def _lost(tensors: Mapping[str, torch.Tensor]) -> str:
     lost = dict.fromkeys(name for name in tensors if not has_place_in_stock(name))
-    return f"the heatmap head and all of view attention ({len(lost)} trained tensors: {_count(lost)})"
+    heads = "the heatmap head, the action head" if any(name.startswith("head_action.") for name in lost) else "the heatmap head"
+    return f"{heads} and all of view attention ({len(lost)} trained tensors: {_count(lost)})"
 
 
 def _write_model(
@@ -221,8 +222,8 @@ def _write_model(
 def _adapted(manifest: Mapping[str, Any], found: Path, base: str | Path | None, ema: bool) -> MultiViewWan:
     """The adapted model as the run computed with it; that of an older file with the base as stored."""
     if manifest["format_version"] == OLDER_SYSTEM:
-        switch = manifest["unfreeze_modulation_and_norms"]
-        return load_model(base or "", found, fusion=manifest["fusion"], unfreeze_modulation_and_norms=switch)[0]
+        said = {name: manifest[name] for name in ("fusion", "unfreeze_modulation_and_norms", "action_head")}
+        return load_model(base or "", found, **said)[0]
     return load_as_trained(found, base=base, ema=ema)[0]
 
 

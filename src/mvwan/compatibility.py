@@ -74,7 +74,7 @@ class Compatibility:
             problems += [f"of another shape: {some(self.reshaped)}"] if self.reshaped else []
             raise MvwanError(
                 f"checkpoint {path} does not fit this model; {'; '.join(problems)}. "
-                "Load it with the base, views, fusion, LoRA layers and rank that it was trained with."
+                "Load it with the base, views, fusion, action head, LoRA layers and rank that it was trained with."
             )
         if self.outcome == "older" and purpose == "train":
             groups = " and ".join(self.missing)
@@ -165,17 +165,18 @@ def _ranges(numbers: Sequence[int]) -> str:
 def check_identity(saved: Mapping[str, Any], path: str | Path, **now: Any) -> None:
     """Nothing, or `MvwanError` that names both values when the checkpoint was trained on something else.
 
-    `now` holds what the model is: `base` (digest), `views`, `fusion`, `rank`, `alpha`. What an older file does not know is not compared.
+    `now` holds what the model is: `base` (digest), `views`, `fusion`, `action_head`, `rank`, `alpha`. What an older file does not know
+    is not compared. A manifest that says nothing of an action head is from before there was one.
     """
     lora = saved["lora"]
     known = {"base": saved["base"].get("digest"), "views": saved["views"], "fusion": saved["fusion"], "rank": lora.get("rank")}
-    known["alpha"] = lora.get("alpha")
+    known |= {"alpha": lora.get("alpha"), "action_head": saved.get("action_head", "none")}
     for name, value in now.items():
         if known[name] is not None and known[name] != value:
             raise MvwanError(f"checkpoint {path} was trained with {_IDENTITY_WORDS[name]} {known[name]}, here it is {value}. Set it back.")
 
 
-_IDENTITY_WORDS = {"base": "a base of digest", "views": "model.views", "fusion": "model.fusion"}
+_IDENTITY_WORDS = {"base": "a base of digest", "views": "model.views", "fusion": "model.fusion", "action_head": "model.action_head"}
 _IDENTITY_WORDS |= {"rank": "trainable.lora.rank", "alpha": "trainable.lora.alpha"}
 
 

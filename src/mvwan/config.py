@@ -58,6 +58,8 @@ class ModelConfig:
     """Cameras seen together."""
     fusion: Literal["channel", "view"] = "channel"
     """RGB and heatmap share tokens (`channel`), or are streams of their own in view attention (`view`)."""
+    action_head: Literal["none", "gripper", "gripper_rotation"] = "none"
+    """Small head on the network's last features: the gripper's opening per frame, or that and how the hand turned since frame 0."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
 
@@ -209,6 +211,8 @@ class TrainConfig:
     """After the warm-up."""
     rgb_weight: float = 0.5
     """w in w * rgb + (1 - w) * heat."""
+    action_weight: float = 0.1
+    """w in w * (gripper + rotation), which `model.action_head` adds to the loss."""
     precision: Literal["bf16", "no"] = "bf16"
     """Autocast of the products; trained tensors stay float32."""
     condition_frames: int = 1
@@ -238,7 +242,7 @@ class TrainConfig:
     """Start from the trained tensors of this checkpoint (pretraining -> fine-tuning); optimizer and step start anew."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation", "learning_rate", "save_every", "log_every"):
+        for name in ("steps", "batch_size", "gradient_accumulation", "learning_rate", "action_weight", "save_every", "log_every"):
             _positive(f"train.{name}", getattr(self, name))
         for name in (
             "weight_decay",

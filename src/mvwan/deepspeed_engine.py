@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class InTuples(nn.Module):
     def forward(self, batch: Batch, seed: int, step: int) -> tuple[torch.Tensor, ...]:
         """The fields of `StreamSums`, in order."""
         errors = self.own(batch, seed, step)
-        return errors.rgb_sum, errors.rgb_count, errors.heat_sum, errors.heat_count
+        return tuple(getattr(errors, field.name) for field in fields(StreamSums))
 
 
 class ZeroEngine:

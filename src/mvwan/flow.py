@@ -69,7 +69,7 @@ def velocity_target(clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class StreamSums:
-    """Squared error of both streams, per sample, not yet divided. Add up, then divide once."""
+    """Squared error of both streams and cross entropy of the action head, per sample, not yet divided. Add up, then divide once."""
 
     rgb_sum: torch.Tensor
     """[B] float32."""
@@ -79,6 +79,24 @@ class StreamSums:
     """[B] float32."""
     heat_count: torch.Tensor
     """[B] int64, latent elements in `heat_sum`."""
+    gripper_sum: torch.Tensor
+    """[B] float32, 0 without an action head."""
+    gripper_count: torch.Tensor
+    """[B] int64, frames in `gripper_sum`."""
+    rotation_sum: torch.Tensor
+    """[B] float32, 0 without an action head for it."""
+    rotation_count: torch.Tensor
+    """[B] int64, frames in `rotation_sum`."""
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """[4 B]: rgb, heat, gripper, rotation."""
+        return torch.stack([self.rgb_sum, self.heat_sum, self.gripper_sum, self.rotation_sum])
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """[4 B], in the order of `sums`."""
+        return torch.stack([self.rgb_count, self.heat_count, self.gripper_count, self.rotation_count])
 
 
 def stream_counts(latents_shape: Sequence[int], heat_valid: torch.Tensor, condition_frames: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,24 +111,36 @@ def stream_counts(latents_shape: Sequence[int], heat_valid: torch.Tensor, condit
 def stream_losses(velocity: torch.Tensor, target: torch.Tensor, heat_valid: torch.Tensor, condition_frames: int) -> StreamSums:
     """Squared errors summed over what counts. `velocity`, `target` [B V 2C f h w], RGB channels first; `heat_valid` [B V f] bool.
 
-    Given frames are in no sum, heat frames that are not valid in no heat sum. Computed in float32.
+    Given frames are in no sum, heat frames that are not valid in no heat sum. Computed in float32. Of actions it counts nothing.
     """
     rgb, heat = (velocity[:, :, :, condition_frames:].float() - target[:, :, :, condition_frames:].float()).chunk(2, dim=2)
     kept = heat_valid[:, :, None, condition_frames:, None, None]
     rgb_count, heat_count = stream_counts(velocity.shape, heat_valid, condition_frames)
     every = (1, 2, 3, 4, 5)
     heat = torch.where(kept, heat, torch.zeros_like(heat))
-    return StreamSums(rgb.square().sum(dim=every), rgb_count, heat.square().sum(dim=every), heat_count)
+    none = rgb.new_zeros(len(rgb)), torch.zeros_like(rgb_count)
+    return StreamSums(rgb.square().sum(dim=every), rgb_count, heat.square().sum(dim=every), heat_count, *none, *none)
 
 
-def total_loss(sums: StreamSums, rgb_count: torch.Tensor | int, heat_count: torch.Tensor | int, rgb_weight: float) -> torch.Tensor:
-    """w * rgb + (1 - w) * heat, a scalar: this batch's share of the mean over `rgb_count` and `heat_count` elements of the whole step.
+def total_loss(
+    sums: StreamSums,
+    rgb_count: torch.Tensor | int,
+    heat_count: torch.Tensor | int,
+    rgb_weight: float,
+    gripper_count: torch.Tensor | int = 0,
+    rotation_count: torch.Tensor | int = 0,
+    action_weight: float = 0.0,
+) -> torch.Tensor:
+    """w * rgb + (1 - w) * heat + action_weight * (gripper + rotation), a scalar: this batch's share of the means over the whole step.
 
-    Shares of all micro-batches and processes add up to the loss of the step, however it was cut. A stream without elements adds 0.
+    The counts are those of the step. Shares of all micro-batches and processes add up to its loss, however it was cut. What has nothing
+    in it adds 0.
     """
     rgb = sums.rgb_sum.sum() / max(int(rgb_count), 1)
     heat = sums.heat_sum.sum() / max(int(heat_count), 1)
-    return rgb_weight * rgb + (1 - rgb_weight) * heat
+    gripper = sums.gripper_sum.sum() / max(int(gripper_count), 1)
+    rotation = sums.rotation_sum.sum() / max(int(rotation_count), 1)
+    return rgb_weight * rgb + (1 - rgb_weight) * heat + action_weight * (gripper + rotation)
 
 
 def euler_sigmas(denoise_steps: int, shift: float) -> torch.Tensor:

@@ -6,7 +6,8 @@
 
 A name is the hash of everything its content depends on: pixels and labels of the sample, VAE, heatmap size, format. So a changed
 setting finds nothing rather than something old, and runs may share a folder. Entries appear whole, carry a digest of their bits and
-are encoded again when these do not agree. Knows no loop, no loss and no noise.
+are encoded again when these do not agree. What the gripper and the hand did is not stored: a batch has it from the episodes, so an
+action head needs no other entries. Knows no loop, no loss and no noise.
 """
 
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ class _Keys:
     texts: tuple[Path, ...]
     sample_ids: tuple[str, ...]
     instructions: tuple[str, ...]
+    actions: tuple[tuple[np.ndarray, np.ndarray], ...]
+    """`WindowDataset.actions` of each item."""
 
 
 def _keys(folder: Path, dataset: WindowDataset, codec_digest: str, sigma_px: float) -> _Keys:
@@ -53,6 +56,7 @@ def _keys(folder: Path, dataset: WindowDataset, codec_digest: str, sigma_px: flo
         texts=tuple(folder / "text" / f"{text_of[text]}.safetensors" for text in instructions),
         sample_ids=tuple(dataset.sample_id(*item) for item in items),
         instructions=tuple(instructions),
+        actions=tuple(dataset.actions(index) for index, _ in items),
     )
 
 
@@ -98,6 +102,8 @@ class LatentCache:
             heat=torch.stack([entry["heat"] for entry in entries]),
             heat_valid=torch.stack([entry["heat_valid"] for entry in entries]),
             text=torch.stack([self._read_text(self._keys.texts[item]) for item in items]),
+            gripper_open=torch.stack([torch.from_numpy(self._keys.actions[item][0]) for item in items]),
+            rotation_deg=torch.stack([torch.from_numpy(self._keys.actions[item][1]) for item in items]),
         )
 
 

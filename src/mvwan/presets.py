@@ -13,7 +13,7 @@ from mvwan.errors import MvwanError, nearest
 _TINY: dict[str, Any] = {
     "base": {"source": "tiny"},
     # Fusion `channel` would press 2 x 192 numbers per patch through 256-wide tokens; with streams of their own both fit.
-    "model": {"fusion": "view"},
+    "model": {"fusion": "view", "action_head": "gripper"},
     "trainable": {"lora": {"rank": 8}},
     "data": {
         "num_frames": 13,

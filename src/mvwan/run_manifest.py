@@ -9,13 +9,14 @@ from mvwan.training_module import HeatmapWanTrainingModule
 
 
 def run_manifest(config: Config, num_processes: int, strategy: str, fingerprint: str) -> dict[str, Any]:
-    """Base, views, fusion, switch, LoRA, data and settings; of the data it is the content that counts, not where it lies."""
+    """Base, views, fusion, action head, switch, LoRA, data and settings; of the data it is the content that counts, not where it lies."""
     base, lora = config.base, config.trainable.lora
     return {
         "base": {"id": base.source, "digest": base_digest(base.source, base.random_weights, config.seed)},
         "views": config.model.views,
         "fusion": config.model.fusion,
         "heads": ["rgb", "heatmap"],
+        "action_head": config.model.action_head,
         "unfreeze_modulation_and_norms": config.unfreeze_modulation_and_norms,
         "lora": {"rank": lora.rank, "alpha": float(lora.rank if lora.alpha is None else lora.alpha)},
         "seed": config.seed,

@@ -1,7 +1,8 @@
 """Prompt + first pictures + cameras -> `Prediction`: what the robot's cameras will see and where the tracked point will go.
 
 Euler steps from noise to video around given latent frames that stay clean, then decode, peaks, and the lift to 3-D. The same
-network, codec and noise convention as training; a run's folder alone is enough. Knows no data set, no metric and no robot.
+network, codec and noise convention as training; a run's folder alone is enough. What the gripper and the hand do is read from the last
+network call, which sees the least noise. Knows no data set, no metric and no robot.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from mvwan import flow, heatmaps, pictures
+from mvwan.actions import read_out
 from mvwan.batch import Prediction
 from mvwan.cameras import Camera
 from mvwan.checkpoint import find_checkpoint, read_manifest
@@ -64,6 +66,7 @@ def predict(
     seed: int = 0,
     *,
     point_m: np.ndarray | None = None,
+    gripper_open: float | np.ndarray | None = None,
     num_frames: int | None = None,
     codec: LatentCodec | None = None,
     config: Config | None = None,
@@ -72,8 +75,10 @@ def predict(
 
     images [V H W 3] uint8, one first picture per camera ([V F H W 3] for runs with several given frames). `cameras` belong to
     pictures of this size. point_m [3] (or [F 3]), metres, is where the tracked point is now: the robot knows its tool point. Without
-    it the first heatmap is blank, as in training when no camera sees the point. A bare model needs `codec`, and `config` where
-    its training differed from the defaults. Same seed, same prediction. Raises `MvwanError` for pictures that do not fit.
+    it the first heatmap is blank, as in training when no camera sees the point. gripper_open (or [F]), 0..1, is how far the gripper
+    is open now: a model with an action head repeats it in the given frames, and says its own without it. A bare model needs `codec`,
+    and `config` where its training differed from the defaults. Same seed, same prediction. Raises `MvwanError` for pictures that do
+    not fit.
     """
     run = load_run(run_or_model) if isinstance(run_or_model, (str, Path)) else run_or_model
     if isinstance(run, LoadedRun):
@@ -91,7 +96,7 @@ def predict(
     # RGB and heat go through the codec as one batch of 2V videos; the network wants them side by side on channels.
     clean = codec.encode_video(np.concatenate([given, heatmaps.colour(heat)]))
     rgb_latents, heat_latents = clean.chunk(2)
-    latents = denoise(
+    latents, logits = denoise(
         model,
         torch.cat([rgb_latents, heat_latents], dim=1)[None],
         codec.encode_text([prompt]),
@@ -103,7 +108,8 @@ def predict(
     )
     videos = codec.decode_video(torch.cat(latents[0].chunk(2, dim=1)))
     rgb, heat_rgb = np.split(videos, 2)
-    return _prediction(rgb, heat_rgb, given, heat, cameras, prompt)
+    actions = _actions(logits, num_frames, given.shape[1], gripper_open)
+    return _prediction(rgb, heat_rgb, given, heat, cameras, prompt, *actions)
 
 
 @torch.inference_mode()
@@ -118,10 +124,11 @@ def denoise(
     shift: float,
     precision: str = "bf16",
     sample_ids: Sequence[str] | None = None,
-) -> torch.Tensor:
-    """Latents [B V 2C f h w] float32 whose first frames are `given` [B V 2C g h w] to the bit, the rest made from noise.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(latents, logits): [B V 2C f h w] float32 whose first frames are `given` [B V 2C g h w] to the bit, the rest made from noise.
 
-    The noise is a pure function of (seed, sample id); ids default to `0`, `1`, … . One network call per step.
+    The logits [B F A] are what an action head says in the last network call, at the lowest sigma; None without one. The noise is a
+    pure function of (seed, sample id); ids default to `0`, `1`, … . One network call per step.
     """
     if denoise_steps < 1:
         raise MvwanError(f"steps={denoise_steps}: at least one Euler step is needed. Five are enough for most runs.")
@@ -134,15 +141,18 @@ def denoise(
     latents = torch.cat([given.float().cpu(), noise[:, :, :, condition_frames:]], dim=3).to(device)
     text = text.to(device)
     sigmas = flow.euler_sigmas(denoise_steps, shift).tolist()
-    predicted = slice(condition_frames, None)
+    predicted, logits = slice(condition_frames, None), None
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         for sigma, next_sigma in pairwise(sigmas):
             timestep = flow.timestep(torch.full((batch,), sigma, device=device))
-            velocity = model(latents, timestep, text, condition_frames=condition_frames)
+            if next_sigma == 0 and model.head_action is not None:
+                velocity, logits = model(latents, timestep, text, condition_frames=condition_frames, return_action=True)
+            else:
+                velocity = model(latents, timestep, text, condition_frames=condition_frames)
             latents[:, :, :, predicted] = flow.euler_step(
                 latents[:, :, :, predicted], velocity[:, :, :, predicted].float(), sigma, next_sigma
             )
-    return latents
+    return latents, logits
 
 
 def _check_size(images: np.ndarray, config: Config) -> None:
@@ -189,8 +199,29 @@ def _given_heat(given: np.ndarray, cameras: Sequence[Camera], point_m: np.ndarra
     return heatmaps.render(uv, visible, height, width, sigma_px)
 
 
+def _actions(
+    logits: torch.Tensor | None, num_frames: int, num_given: int, measured: float | np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(gripper_open [F], rotation_deg [F 3]) of logits [1 F A], NaN without; in the given frames what was measured, where it was."""
+    known = np.full(num_given, np.nan) if measured is None else np.atleast_1d(np.asarray(measured, np.float64))
+    if known.shape != (num_given,) or ((known < 0) | (known > 1)).any():
+        raise MvwanError(f"gripper_open={measured}: needed is one opening in 0..1 per given picture, of which there are {num_given}")
+    if logits is None:
+        return np.full(num_frames, np.nan, np.float32), np.full((num_frames, 3), np.nan, np.float32)
+    gripper_open, rotation_deg = (values[0] for values in read_out(logits))
+    gripper_open[:num_given] = np.where(np.isfinite(known), known, gripper_open[:num_given])
+    return gripper_open, rotation_deg
+
+
 def _prediction(
-    rgb: np.ndarray, heat_rgb: np.ndarray, given: np.ndarray, given_heat: np.ndarray, cameras: Sequence[Camera], prompt: str
+    rgb: np.ndarray,
+    heat_rgb: np.ndarray,
+    given: np.ndarray,
+    given_heat: np.ndarray,
+    cameras: Sequence[Camera],
+    prompt: str,
+    gripper_open: np.ndarray,
+    rotation_deg: np.ndarray,
 ) -> Prediction:
     """The record of decoded videos [V F H W 3]; the given pictures are put back as they came."""
     rgb, heat = rgb.copy(), heatmaps.uncolour(heat_rgb)
@@ -204,6 +235,8 @@ def _prediction(
         confidence=confidence,
         point_m=point_m,
         residual_px=residual_px,
+        gripper_open=gripper_open,
+        rotation_deg=rotation_deg,
         cameras=tuple(cameras),
         prompt=prompt,
     ).check()

@@ -37,10 +37,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from mvwan import checkpoint, flow, pictures, sharding, train_data
+from mvwan.actions import action_counts
 from mvwan.batch import Batch
 from mvwan.checkpoint_writer import CheckpointWriter
 from mvwan.compatibility import check_resume
-from mvwan.config import Config, TrainConfig, dump_yaml
+from mvwan.config import Config, dump_yaml
 from mvwan.data.dataset import WindowDataset, read_episodes
 from mvwan.errors import MvwanError, PreemptedError
 from mvwan.files import flatten, json_line, plain_words, read_json, read_json_lines, remove_leftovers, write_file, write_json
@@ -62,7 +63,7 @@ class TrainResult:
 
     step: int
     losses: dict[str, float]
-    """`loss`, `rgb_loss`, `heat_loss` of the last logged step."""
+    """`loss`, `rgb_loss`, `heat_loss` of the last logged step, and `loss_gripper`, `loss_rotation` where an action head learns them."""
     held_out: dict[str, Any] | None
     """The last evaluation's line, or None without one."""
     movement: dict[str, Any] | None
@@ -198,22 +199,24 @@ def train_step(state: State, batches: Sequence[Batch]) -> dict[str, Any]:
     state.optimizer.zero_grad()
     state.average.update()
     state.step += 1
-    rgb, heat = (total / max(count, 1) for total, count in zip(_over_processes(state.accelerator, sums), counts, strict=True))
-    return {**_losses(state.config.train, rgb, heat), "gradient_norm": norm, "gradient_norms": norms, "learning_rates": rates}
+    losses = _losses(state.config, _over_processes(state.accelerator, sums), counts)
+    return {**losses, "gradient_norm": norm, "gradient_norms": norms, "learning_rates": rates}
 
 
-def _accumulate_gradients(state: State, batches: Sequence[Batch], counts: tuple[int, int]) -> tuple[torch.Tensor, list[str]]:
-    """([2] squared errors of the rgb and heat stream, names of the samples whose error is not finite), of this process."""
-    accelerator = state.accelerator
+def _accumulate_gradients(state: State, batches: Sequence[Batch], counts: Sequence[int]) -> tuple[torch.Tensor, list[str]]:
+    """([4] sums in the order of `StreamSums.sums`, names of the samples of which one is not finite), of this process."""
+    accelerator, train = state.accelerator, state.config.train
+    rgb, heat, gripper, rotation = counts
     # Accelerate divides by the micro-batches and DDP by the processes; the losses are shares of one mean already.
     undivided = accelerator.num_processes * len(batches)
-    sums, broken = torch.zeros(2, device=accelerator.device), []
+    sums, broken = torch.zeros(len(counts), device=accelerator.device), []
     for batch in batches:
         with accelerator.accumulate(state.module):
             errors = state.module(batch, state.config.seed, state.step)
-            accelerator.backward(flow.total_loss(errors, *counts, state.config.train.rgb_weight) * undivided)
-        sums += torch.stack([errors.rgb_sum.sum(), errors.heat_sum.sum()]).detach()
-        finite = torch.isfinite(errors.rgb_sum + errors.heat_sum).tolist()
+            loss = flow.total_loss(errors, rgb, heat, train.rgb_weight, gripper, rotation, train.action_weight)
+            accelerator.backward(loss * undivided)
+        sums += errors.sums.detach().sum(dim=1)
+        finite = torch.isfinite(errors.sums).all(dim=0).tolist()
         broken += [name for name, is_finite in zip(batch.sample_ids, finite, strict=True) if not is_finite]
     assert accelerator.sync_gradients, "accelerate counts other micro-batches than the loop"
     return sums, broken
@@ -226,12 +229,14 @@ def _clip(state: State) -> float:
     return float(sharding.full_tensor(norm))
 
 
-def _counts_of_step(state: State, batches: Sequence[Batch]) -> tuple[int, int]:
-    """(rgb, heat) elements in the loss of this step, over all micro-batches and processes: the masks are known before any forward pass."""
-    counts = [flow.stream_counts(batch.latents.shape, batch.heat_valid, state.config.train.condition_frames) for batch in batches]
-    mine = torch.stack([torch.stack([rgb.sum(), heat.sum()]) for rgb, heat in counts]).sum(0)
-    rgb, heat = _over_processes(state.accelerator, mine)
-    return int(rgb), int(heat)
+def _counts_of_step(state: State, batches: Sequence[Batch]) -> list[int]:
+    """[4] elements in the loss of this step, over all micro-batches and processes: the masks are known before any forward pass."""
+    given, head = state.config.train.condition_frames, state.config.model.action_head
+    mine = []
+    for batch in batches:
+        rgb, heat = flow.stream_counts(batch.latents.shape, batch.heat_valid, given)
+        mine.append(torch.stack([rgb.sum(), heat.sum(), *action_counts(head, batch.gripper_open, batch.rotation_deg, given)]))
+    return [int(count) for count in _over_processes(state.accelerator, torch.stack(mine).sum(0))]
 
 
 def _over_processes(accelerator: Accelerator, values: torch.Tensor) -> list[float]:
@@ -317,7 +322,7 @@ def _evaluate_if_due(state: State) -> None:
     chosen = np.unique(np.linspace(0, len(state.held_out) - 1, config.evaluate_windows).round().astype(int)).tolist()
     bands = {name: _held_out_loss(state, (low + high) / 2, chosen) for low, high, name in flow.sigma_bands()}
     sharding.release_full_parameters(state.own)
-    means = {name: sum(band[name] for band in bands.values()) / len(bands) for name in ("loss", "rgb_loss", "heat_loss")}
+    means = {name: sum(band[name] for band in bands.values()) / len(bands) for name in _loss_names(state.config)}
     line = {"kind": "held_out", "step": state.step, **means, "bands": bands, "windows": len(chosen)}
     if not math.isfinite(means["loss"]):
         at = ", ".join(f"sigma {name}" for name, band in bands.items() if not math.isfinite(band["loss"]))
@@ -332,21 +337,28 @@ def _evaluate_if_due(state: State) -> None:
 def _held_out_loss(state: State, sigma: float, indices: Sequence[int]) -> dict[str, float]:
     config, accelerator = state.config, state.accelerator
     assert state.held_out is not None
-    totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    totals = torch.zeros(8, dtype=torch.float64, device=accelerator.device)
     mine = indices[accelerator.process_index :: accelerator.num_processes]
     for start in range(0, math.ceil(len(indices) / accelerator.num_processes), config.train.batch_size):
         # A forward pass of spread parameters takes every process: one that has run out of windows computes and does not count.
         items = mine[start : start + config.train.batch_size]
         batch = state.held_out.batch(items or [0]).check().to(accelerator.device)
         errors = state.own(batch, config.seed, HELD_OUT_STEP, torch.full((len(batch.sample_ids),), sigma))
-        sums = torch.stack([value.sum().double() for value in (errors.rgb_sum, errors.rgb_count, errors.heat_sum, errors.heat_count)])
-        totals += sums if items else 0
-    rgb_sum, rgb_count, heat_sum, heat_count = _over_processes(accelerator, totals)
-    return _losses(config.train, rgb_sum / max(rgb_count, 1), heat_sum / max(heat_count, 1))
+        totals += torch.cat([errors.sums.double(), errors.counts.double()]).sum(dim=1) if items else 0
+    found = _over_processes(accelerator, totals)
+    return _losses(config, found[:4], found[4:])
 
 
-def _losses(train: TrainConfig, rgb: float, heat: float) -> dict[str, float]:
-    return {"loss": train.rgb_weight * rgb + (1 - train.rgb_weight) * heat, "rgb_loss": rgb, "heat_loss": heat}
+def _losses(config: Config, sums: Sequence[float], counts: Sequence[float]) -> dict[str, float]:
+    """The loss and its parts, by the names of `_loss_names`."""
+    rgb, heat, gripper, rotation = (total / max(count, 1) for total, count in zip(sums, counts, strict=True))
+    loss = config.train.rgb_weight * rgb + (1 - config.train.rgb_weight) * heat + config.train.action_weight * (gripper + rotation)
+    return dict(zip(_loss_names(config), (loss, rgb, heat, gripper, rotation), strict=False))
+
+
+def _loss_names(config: Config) -> tuple[str, ...]:
+    learned = {"none": (), "gripper": ("loss_gripper",), "gripper_rotation": ("loss_gripper", "loss_rotation")}
+    return ("loss", "rgb_loss", "heat_loss", *learned[config.model.action_head])
 
 
 # ── build ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -356,6 +368,7 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
     """The state before the first step of this process. Every check comes before the first byte is written."""
     episodes = read_episodes(config.data.root, config.data.cameras)
     training, held_out = (WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation"))
+    training.check_actions(config.model.action_head)
     HeatmapWanTrainingModule(config=config, device="meta", print_banners=False)  # do the groups fit the base?
     manifest = run_manifest(config, accelerator.num_processes, strategy_name(accelerator), training.fingerprint)
     step = 0
@@ -453,7 +466,7 @@ def _result(state: State) -> TrainResult:
     assert found is not None
     return TrainResult(
         step=state.step,
-        losses={name: steps[-1][name] for name in ("loss", "rgb_loss", "heat_loss")},
+        losses={name: steps[-1][name] for name in _loss_names(state.config)},
         held_out=evaluations[-1] if evaluations else None,
         movement=read_json(movement) if movement.is_file() else None,
         checkpoint=found,

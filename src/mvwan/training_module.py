@@ -5,6 +5,7 @@ no optimizer, no process group and no file of a run.
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from mvwan import flow
+from mvwan.actions import action_losses
 from mvwan.batch import Batch
 from mvwan.compatibility import Compatibility, check_identity
 from mvwan.config import BaseConfig, Config, LoraConfig, ModelConfig, TrainableConfig
@@ -88,6 +90,7 @@ class HeatmapWanTrainingModule(nn.Module):
             random_weights=base.random_weights,
             seed=self.config.seed,
             purpose="train changed" if accept_trainable_change else "train",
+            action_head=model.action_head,
         )
         if checkpoint is not None and report.manifest is not None:
             lora = self.config.trainable.lora
@@ -130,7 +133,10 @@ class HeatmapWanTrainingModule(nn.Module):
         return groups | {group: {"mode": "frozen", "names": list(names)} for group, names in (self.fit.extra if self.fit else {}).items()}
 
     def forward(self, batch: Batch, seed: int, step: int, sigma: torch.Tensor | None = None) -> flow.StreamSums:
-        """Squared errors per stream and sample. Sigma and noise are those of (seed, step, sample id); `sigma` [B] replaces the former."""
+        """Squared errors per stream and sample, and the cross entropy of the action head where there is one.
+
+        Sigma and noise are those of (seed, step, sample id); `sigma` [B] replaces the former.
+        """
         condition_frames = self.config.train.condition_frames
         clean = batch.latents
         noise = flow.draw_noise(seed, step, batch.sample_ids, clean.shape[1:]).to(clean.device)
@@ -138,5 +144,10 @@ class HeatmapWanTrainingModule(nn.Module):
             sigma = flow.draw_sigma(seed, step, batch.sample_ids, self.config.flow)
         sigma_bf = flow.sigma_per_frame(sigma.to(clean.device), clean.shape[3], condition_frames)
         noisy = flow.add_noise(clean, noise, sigma_bf)
-        velocity = self.model(noisy, flow.timestep(sigma_bf), batch.text, condition_frames)
-        return flow.stream_losses(velocity, flow.velocity_target(clean, noise), batch.heat_valid, condition_frames)
+        target = flow.velocity_target(clean, noise)
+        if self.config.model.action_head == "none":
+            velocity = self.model(noisy, flow.timestep(sigma_bf), batch.text, condition_frames)
+            return flow.stream_losses(velocity, target, batch.heat_valid, condition_frames)
+        velocity, logits = self.model(noisy, flow.timestep(sigma_bf), batch.text, condition_frames, return_action=True)
+        sums = flow.stream_losses(velocity, target, batch.heat_valid, condition_frames)
+        return replace(sums, **action_losses(logits, batch.gripper_open, batch.rotation_deg, condition_frames))

@@ -195,6 +195,52 @@ def test_validation_is_never_augmented():
         dataset.sample(0, 1)
 
 
+# --- what the gripper and the hand did
+
+
+def turning(name="turn", num_frames=20, **fields):
+    """An episode whose hand turns 10 degrees per frame about its own z."""
+    angle_rad = np.radians(10.0 * np.arange(num_frames))
+    quaternion = np.stack([np.cos(angle_rad / 2), 0 * angle_rad, 0 * angle_rad, np.sin(angle_rad / 2)], axis=1)
+    return make_episode(name, num_frames, extra={"hand_quaternion_wxyz": quaternion}, **fields)
+
+
+def test_turns_are_since_the_first_frame_of_the_window_and_the_same_in_every_variant():
+    dataset = make_dataset([turning()], augment=AugmentConfig(variants=1, rotation_deg=(30.0, 30.0, 30.0)))
+    for index in (0, 2):
+        gripper_open, rotation_deg = dataset.actions(index)
+        np.testing.assert_allclose(rotation_deg, [(0, 0, 10 * frame) for frame in range(9)], atol=1e-4)
+        for sample in (dataset.sample(index), dataset.sample(index, 1)):
+            np.testing.assert_array_equal(sample.rotation_deg, rotation_deg)
+            np.testing.assert_array_equal(sample.gripper_open, gripper_open)
+    assert not np.allclose(dataset.actions(0)[0], dataset.actions(2)[0])
+    gripper_open, rotation_deg = make_dataset().actions(0)
+    assert np.isnan(rotation_deg).all() and np.isfinite(gripper_open).all()
+
+
+@pytest.mark.parametrize("quaternion", [np.zeros((20, 4)), np.ones((20, 4)), np.ones((20, 3))])
+def test_what_is_no_orientation_is_refused(quaternion):
+    with pytest.raises(MvwanError, match="episode task/0: hand_quaternion_wxyz "):
+        make_episode(extra={"hand_quaternion_wxyz": quaternion}).check()
+    turning().check()
+
+
+def test_a_head_needs_labels_in_some_window():
+    unknown = replace(make_episode(), gripper_open=np.full(20, np.nan, np.float32))
+    for episodes, heads in (([make_episode()], ("none", "gripper")), ([unknown], ("none",)), ([unknown, turning()], ("gripper_rotation",))):
+        for head in heads:
+            make_dataset(episodes).check_actions(head)
+    for head in ("gripper", "gripper_rotation"):
+        with pytest.raises(MvwanError, match=rf"model\.action_head={head}: no window of the dataset says how far the gripper is open"):
+            make_dataset([unknown]).check_actions(head)
+    with pytest.raises(MvwanError, match=r"model\.action_head=gripper_rotation: .* how the hand is turned .*hand_qw.* or set .*=gripper\."):
+        make_dataset().check_actions("gripper_rotation")
+    wide = replace(make_episode(), gripper_open=np.linspace(0, 0.08, 20, dtype=np.float32) * 1000)
+    with pytest.raises(MvwanError, match=r"episode task/0 has gripper_open=4\.21053, needs 0 \(closed\) to 1 \(open\)"):
+        make_dataset([wide]).check_actions("gripper")
+    make_dataset([wide]).check_actions("none")
+
+
 # --- split and order
 
 
@@ -263,6 +309,8 @@ def test_the_fingerprint_changes_with_whatever_pixels_and_labels_depend_on():
         make_dataset(augment=AugmentConfig(variants=1, translation_m=0.2)),
         make_dataset([replace(make_episode(), instruction="pull")], augment=augment),
         make_dataset([replace(make_episode(), point_m=moved)], augment=augment),
+        make_dataset([replace(make_episode(), gripper_open=np.zeros(20, np.float32))], augment=augment),
+        make_dataset([turning("task/0")], augment=augment),
         make_dataset([make_episode(fingerprint="1")], augment=augment),
         make_dataset([make_episode(fingerprint="2")], augment=augment),
         make_dataset([make_episode(cameras=(CAMERAS[0].cropped(1, 0, SIZE_PX, SIZE_PX), *CAMERAS[1:]))], augment=augment),

@@ -253,7 +253,21 @@ def test_a_dataset_of_others_without_names_hand_and_gripper_reads(copy):
     episode = read_lerobot(copy)[1]
     assert episode.name == "copy/000001"
     assert np.isnan(episode.gripper_open).all()
-    assert "hand_m" not in episode.extra
+    assert "hand_m" not in episode.extra and "hand_quaternion_wxyz" not in episode.extra
+
+
+def test_the_hand_s_orientation_is_read_where_the_state_has_it(copy):
+    path = copy / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    place, field = table.column_names.index("observation.state"), table.schema.field("observation.state")
+    state = np.array(table.column(place).to_pylist(), np.float32)
+    state[:, 3:] = (0.6, 0.0, -0.8, 0.0)
+    changed = pa.FixedSizeListArray.from_arrays(pa.array(state.ravel()), 7)
+    pq.write_table(table.set_column(place, field, changed), path)
+    names = {"names": ["tool_x_m", "tool_y_m", "tool_z_m", "hand_qw", "hand_qx", "hand_qy", "hand_qz"]}
+    edit_json(copy / "meta/info.json", lambda info: info["features"]["observation.state"].update(names))
+    quaternion = read_lerobot(copy)[1].extra["hand_quaternion_wxyz"]
+    np.testing.assert_allclose(quaternion, np.tile([0.6, 0.0, -0.8, 0.0], (len(quaternion), 1)), atol=1e-6)
 
 
 def test_what_lerobot_itself_wrote_reads_exactly(tmp_path):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from einops import rearrange
 
+from mvwan.actions import ACTION_HEADS
 from mvwan.errors import MvwanError
-from mvwan.model.multiview_wan import MultiViewWan
+from mvwan.model.multiview_wan import ActionHead, MultiViewWan
 from mvwan.model.surgery import adapt
 from mvwan.model.wan import WanTransformer3DModel, in_float32_island
 from tests.stock import make_stock
@@ -53,6 +54,43 @@ def test_at_step_0_equality_holds_in_bfloat16(fusion: str) -> None:
         output = model(latents, timestep.float(), text)
     assert output.dtype == torch.bfloat16
     assert (output[:, :, :48].float() - expected.float()).abs().max() < 0.06  # outputs of size 1, 8 bits of mantissa
+
+
+@pytest.mark.parametrize("head", ["gripper", "gripper_rotation"])
+@pytest.mark.parametrize("fusion", ["channel", "view"])
+def test_at_step_0_an_action_head_changes_no_velocity_and_says_the_same_of_every_frame(fusion: str, head: str) -> None:
+    latents, timestep, text = make_inputs()
+    plain, _ = adapt(make_stock(), fusion=fusion)  # type: ignore[arg-type]
+    model, _ = adapt(make_stock(), fusion=fusion, action_head=head)  # type: ignore[arg-type]
+    expected = stock_on_each_view(make_stock(), latents, timestep, text)
+    with torch.no_grad():
+        velocity, logits = model(latents, timestep, text, return_action=True)
+        assert torch.equal(velocity, model(latents, timestep, text))
+        assert torch.equal(velocity, plain(latents, timestep, text))
+    assert (velocity[:, :, :48] - expected).abs().max() < 5e-6
+    assert logits.shape == (2, 9, ACTION_HEADS[head]) and logits.dtype == torch.float32
+    assert not logits.any()
+    with pytest.raises(MvwanError, match=r'has no action head\. Load it with action_head="gripper"'):
+        plain(latents, timestep, text, return_action=True)
+
+
+def test_the_action_head_answers_for_the_frames_of_each_latent_frame_from_all_views() -> None:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    head = ActionHead(dim=48, logits=2, eps=1e-6)
+    torch.nn.init.normal_(head.pool.weight, generator=generator)
+    x, time = torch.randn(1, 3, 4, 6, 48, generator=generator), torch.zeros(1, 4, 48)
+    changed = x.clone()
+    changed[0, 2, 2, 5] += torch.randn(48, generator=generator)
+    with torch.no_grad():
+        before, after = head(x, time), head(changed, time)
+        shuffled = head(x[:, [2, 0, 1]].flip(3), time)
+    assert before.shape == (1, 13, 2)
+    assert (before != after).any(dim=-1)[0].tolist() == [False] * 5 + [True] * 4 + [False] * 4
+    torch.testing.assert_close(shuffled, before)
+    with torch.no_grad():
+        alone = head(x[:, :, :1], time[:, :1])
+    torch.testing.assert_close(alone, before[:, :1])  # the first latent frame holds one frame
 
 
 def test_heat_latents_do_not_reach_rgb_at_step_0() -> None:
@@ -137,11 +175,17 @@ def test_a_compiled_block_gives_the_same_output() -> None:
 
 
 def test_numerics_of_every_tensor_are_decided_on_the_class() -> None:
-    model, _ = adapt(make_stock(torch.bfloat16))
+    model, _ = adapt(make_stock(torch.bfloat16), action_head="gripper")
     for name, parameter in model.named_parameters():
         island = in_float32_island(name, MultiViewWan)
         assert parameter.dtype == (torch.float32 if island else torch.bfloat16), name
-    for name in ("blocks.0.modulation_mvs", "head_heatmap.scale_shift_table", "blocks.0.scale_shift_table", "blocks.0.norm2.weight"):
+    for name in (
+        "blocks.0.modulation_mvs",
+        "head_heatmap.scale_shift_table",
+        "head_action.scale_shift_table",
+        "blocks.0.scale_shift_table",
+        "blocks.0.norm2.weight",
+    ):
         assert in_float32_island(name, MultiViewWan), name
 
 
@@ -162,12 +206,15 @@ def test_thousand_timesteps_stay_apart_in_bfloat16_compute() -> None:
 
 def test_save_and_load_as_a_diffusers_model(tmp_path) -> None:  # type: ignore[no-untyped-def]
     latents, timestep, text = make_inputs()
-    model, _ = adapt(make_stock(), views=3, fusion="view")
+    model, _ = adapt(make_stock(), views=3, fusion="view", action_head="gripper")
+    torch.nn.init.ones_(model.head_action.proj_out.weight)
     model.save_pretrained(tmp_path)
     again = MultiViewWan.from_pretrained(tmp_path).eval()
-    assert again.config.fusion == "view" and again.config.views == 3
+    assert (again.config.fusion, again.config.views, again.config.action_head) == ("view", 3, "gripper")
     with torch.no_grad():
-        assert torch.equal(model(latents, timestep, text), again(latents, timestep, text))
+        (velocity, logits), expected = (one(latents, timestep, text, return_action=True) for one in (again, model))
+    assert torch.equal(velocity, expected[0]) and torch.equal(logits, expected[1])
+    assert logits.any()
 
 
 @pytest.mark.parametrize(

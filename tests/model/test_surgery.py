@@ -14,11 +14,12 @@ from mvwan.model.wan import load_transformer
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
+@pytest.mark.parametrize("head", ["none", "gripper_rotation"])
 @pytest.mark.parametrize(("fusion", "widened"), [("channel", ["patch_embedding.weight"]), ("view", [])])
-def test_the_report_accounts_for_every_tensor_once(fusion: str, widened: list[str]) -> None:
+def test_the_report_accounts_for_every_tensor_once(fusion: str, widened: list[str], head: str) -> None:
     stock = load_transformer(GOLDEN / "base.safetensors")
     stock_names = set(dict(stock.named_parameters()))
-    model, report = adapt(stock, fusion=fusion)  # type: ignore[arg-type]
+    model, report = adapt(stock, fusion=fusion, action_head=head)  # type: ignore[arg-type]
     names = set(dict(model.named_parameters()))
     assert {*report.kept, *report.widened, *report.added} == names
     assert len(report.kept) + len(report.widened) + len(report.added) == len(names)
@@ -27,6 +28,7 @@ def test_the_report_accounts_for_every_tensor_once(fusion: str, widened: list[st
     assert report.adapted_parameters == sum(parameter.numel() for parameter in model.parameters())
     for text in ("left alone", "copy of self-attention", "zero"):
         assert text in report.render()
+    assert ("2 tensors (drawn from the seed)" in report.render()) == (head != "none")
 
 
 def test_new_tensors_have_the_published_initial_values_and_storage_of_their_own() -> None:
@@ -75,6 +77,22 @@ def test_new_adapters_are_a_function_of_the_seed() -> None:
     assert torch.equal(adapter(1), adapter(1))
     assert not torch.equal(adapter(1), adapter(2))
     assert torch.equal(torch.random.get_rng_state(), state), "the caller's random state is left alone"
+
+
+def test_an_action_head_is_a_function_of_the_seed_and_leaves_every_other_tensor_as_it_is() -> None:
+    def tensors(seed: int, head: str) -> dict[str, torch.Tensor]:
+        model, _ = mvwan.load_model(GOLDEN / "base.safetensors", seed=seed, action_head=head)  # type: ignore[arg-type]
+        return dict(model.named_parameters())
+
+    state = torch.random.get_rng_state()
+    plain, first, again, other = tensors(1, "none"), tensors(1, "gripper"), tensors(1, "gripper"), tensors(2, "gripper")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(first[name], plain[name]) for name in plain)
+    own = first.keys() - plain.keys()
+    assert len(own) == 8 and all(name.startswith("head_action.") for name in own)
+    assert all(torch.equal(first[name], again[name]) for name in own)
+    assert not torch.equal(first["head_action.proj_in.weight"], other["head_action.proj_in.weight"])
+    assert not first["head_action.proj_out.weight"].any()
 
 
 def test_a_checkpoint_of_another_shape_or_rank_names_both() -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from mvwan.config import GroupConfig, LoraConfig, TrainableConfig, TrainConfig
 from mvwan.errors import MvwanError
 from mvwan.model.multiview_wan import MultiViewWan
-from mvwan.model.surgery import adapt
+from mvwan.model.surgery import adapt, trainable_table
 from mvwan.model.trainable import apply, optimizer_groups, parameters_by_name, resolve_groups, verify_trainable
 from mvwan.model.trainable_table import TrainableTable, compare
 from mvwan.model.wan import load_transformer
@@ -68,6 +68,17 @@ def test_5b_counts_to_the_digit(off: TrainableTable, on: TrainableTable) -> None
     assert set(on.trainable_names) - set(off.trainable_names) == {*names(on, "modulation"), *names(on, "mvs_norms")}
     assert f"{on.total_parameters / 1e9:.2f} B" == "6.52 B"
     assert on.total_parameters == off.total_parameters
+
+
+@pytest.mark.parametrize(("head", "parameters"), [("gripper", 207_300), ("gripper_rotation", 263_460)])
+def test_an_action_head_is_one_more_group(off: TrainableTable, head: str, parameters: int) -> None:
+    table = trainable_table("wan2.2-ti2v-5b", action_head=head)  # type: ignore[arg-type]
+    row = table.row("action_head")
+    assert row is not None and off.row("action_head") is None
+    assert (row.mode, row.parameters, row.tensors, row.dtype) == ("full", parameters, 8, "float32")
+    assert tuple(other for other in table.rows if other is not row) == off.rows
+    assert (table.trainable_parameters, table.trainable_tensors) == (390_061_440 + parameters, 946)
+    assert f"| action_head | full | {parameters:,} | 8 |" in table.to_markdown()
 
 
 def names(table: TrainableTable, group: str) -> tuple[str, ...]:
@@ -199,6 +210,7 @@ def test_full_fine_tuning_and_lora_on_all_leave_no_parameter_out() -> None:
         (settings(projector=GroupConfig(learning_rate=0.0)), False, "trainable.groups.projector.learning_rate=0.0: must be more than 0"),
         (settings(projector=GroupConfig(warmup_steps=-1)), False, "trainable.groups.projector.warmup_steps=-1: must be at least 0"),
         (settings(biases=GroupConfig(learning_rate=1e-3)), False, "the group is frozen, so nothing reads it"),
+        (settings(action_head=GroupConfig(learning_rate=1e-3)), False, "action_head: model.action_head=none has no such layers"),
         (
             TrainableConfig(lora=LoraConfig(view_attention=False), groups={"lora_mvs": GroupConfig(learning_rate=1e-3)}),
             False,

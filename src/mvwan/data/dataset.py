@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from mvwan.actions import rotation_from_first
 from mvwan.batch import Episode, Sample
 from mvwan.cameras import Camera
 from mvwan.config import DataConfig
@@ -140,6 +141,7 @@ class WindowDataset:
             cameras, point_m = move(cameras, point_m, drawn.world_from_old_world)
         else:
             rgb, cameras = resize(rgb, cameras, *size)
+        gripper_open, rotation_deg = self.actions(index)
         projected = [camera.project(point_m) for camera in cameras]
         return Sample(
             sample_id=name,
@@ -149,8 +151,39 @@ class WindowDataset:
             uv_px=np.stack([uv_px for uv_px, _ in projected]).astype(np.float32),
             visible=np.stack([camera.inside(*seen) for camera, seen in zip(cameras, projected, strict=True)]),
             point_m=point_m,
-            gripper_open=window.episode.gripper_open[frames].astype(np.float32),
+            gripper_open=gripper_open,
+            rotation_deg=rotation_deg,
         ).check()
+
+    def actions(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(gripper_open [F], rotation_deg [F 3]) float32 of window `index` as in `Sample`: the same in all variants. Reads no picture."""
+        episode, frames = self.windows[index].episode, list(self.windows[index].frames)
+        quaternion = episode.extra.get("hand_quaternion_wxyz", np.full((episode.num_frames, 4), np.nan))
+        return episode.gripper_open[frames].astype(np.float32), rotation_from_first(quaternion[frames])
+
+    def check_actions(self, action_head: str) -> None:
+        """Nothing, or `MvwanError` when no window has the labels that `model.action_head` learns from, or an opening is not in 0..1."""
+        if action_head == "none":
+            return
+        for episode in {window.episode.name: window.episode for window in self.windows}.values():
+            outside = episode.gripper_open[(episode.gripper_open < 0) | (episode.gripper_open > 1)]
+            if len(outside):
+                raise MvwanError(
+                    f"model.action_head={action_head}: episode {episode.name} has gripper_open={outside[0]:g}, needs 0 (closed) to 1 "
+                    "(open). Rescale it in the dataset, or set model.action_head=none."
+                )
+        labels = zip(*(self.actions(index) for index in range(len(self))), strict=True)
+        openings, turns = (any(np.isfinite(label[1:]).any() for label in kind) for kind in labels)
+        if not openings:
+            raise MvwanError(
+                f"model.action_head={action_head}: no window of the dataset says how far the gripper is open (gripper_open in "
+                "observation.state). Record it, or set model.action_head=none."
+            )
+        if action_head == "gripper_rotation" and not turns:
+            raise MvwanError(
+                "model.action_head=gripper_rotation: no window of the dataset says how the hand is turned (hand_quaternion_wxyz of its "
+                "episodes; hand_qw, hand_qx, hand_qy, hand_qz in observation.state). Record it, or set model.action_head=gripper."
+            )
 
     def _read_rgb(self, window: Window, cameras: Sequence[Camera]) -> np.ndarray:
         """[V F H W 3] uint8 of the chosen views, checked against the size that the cameras state."""
@@ -203,7 +236,8 @@ def _episode_fingerprint(episode: Episode, camera_names: Sequence[str]) -> str:
             digest.update(np.ascontiguousarray(episode.read_rgb([frame])).tobytes())
         pictures = digest.hexdigest()
     labels = hashlib.sha256()
-    for values in (episode.point_m, episode.gripper_open):
+    turns = [episode.extra["hand_quaternion_wxyz"]] if "hand_quaternion_wxyz" in episode.extra else []
+    for values in (episode.point_m, episode.gripper_open, *turns):
         labels.update(np.ascontiguousarray(values).tobytes())
     cameras = [camera.to_dict() for camera in _views(episode, camera_names)]
     return sha256_json([pictures, labels.hexdigest(), episode.instruction, cameras])

@@ -9,7 +9,8 @@
     videos/observation.images.<camera>/chunk-000/file-000.mp4   many episodes one after the other
 
 Compatible with the package lerobot 0.4 (`codebase_version` v3.0). The state is the tool point and the hand in metres and the
-measured gripper opening, found by the names of `observation.state`. Knows no simulator.
+measured gripper opening, found by the names of `observation.state`; the hand's orientation is read where a dataset has it there, and
+not written. Knows no simulator.
 """
 
 import hashlib
@@ -46,6 +47,7 @@ CODEBASE_VERSION = "v3.0"
 POINT_NAMES = ("tool_x_m", "tool_y_m", "tool_z_m")
 HAND_NAMES = ("hand_x_m", "hand_y_m", "hand_z_m")
 GRIPPER_NAME = "gripper_open"
+QUATERNION_NAMES = ("hand_qw", "hand_qx", "hand_qy", "hand_qz")
 _STATE, _ACTION, _SUCCESS = "observation.state", "action", "next.success"
 _FILES_PER_CHUNK = 1000
 _DATA_FILE_MB = 100
@@ -342,7 +344,7 @@ class _Reader:
         if not 1 / _MOST_FPS <= self._fps <= _MOST_FPS:
             raise MvwanError(f"{root / _INFO}: fps={self._fps}, must be between {1 / _MOST_FPS} and {_MOST_FPS}. {AGAIN}")
         self._cameras = self._read_cameras(cameras)
-        self._point, self._hand, self._gripper = self._state_columns()
+        self._point, self._hand, self._gripper, self._quaternion = self._state_columns()
 
     def _feature(self, key: str) -> Mapping[str, Any]:
         feature, where = get(self._features, key, "object", self._root / _INFO), f"{self._root / _INFO}: {key}"
@@ -372,8 +374,8 @@ class _Reader:
                 )
         return chosen
 
-    def _state_columns(self) -> tuple[list[int], list[int], list[int]]:
-        """Places of the point, the hand and the gripper in the state; the last two may be empty."""
+    def _state_columns(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Places of the point, the hand, the gripper and the hand's quaternion in the state; all but the first may be empty."""
         names = self._feature(_STATE).get("names")
         names = list(names) if isinstance(names, list) else []
         missing = [name for name in POINT_NAMES if name not in names]
@@ -383,9 +385,9 @@ class _Reader:
             )
         if any(not isinstance(name, str) for name in names) or [len(names)] != self._feature(_STATE)["shape"]:
             raise MvwanError(f"{self._root / _INFO}: {_STATE} has names {names}, needs one for each of its values. {AGAIN}")
-        groups = (POINT_NAMES, HAND_NAMES, (GRIPPER_NAME,))
-        point, hand, gripper = ([names.index(name) for name in group] if set(group) <= set(names) else [] for group in groups)
-        return point, hand, gripper
+        groups = (POINT_NAMES, HAND_NAMES, (GRIPPER_NAME,), QUATERNION_NAMES)
+        point, hand, gripper, turn = ([names.index(name) for name in group] if set(group) <= set(names) else [] for group in groups)
+        return point, hand, gripper, turn
 
     def episodes(self) -> tuple[Episode, ...]:
         """All episodes, checked against the files they stand on."""
@@ -450,6 +452,8 @@ class _Reader:
         extra = {"state": state} | {short: own[key] for short, key in (("action", _ACTION), ("success", _SUCCESS)) if key in own}
         if self._hand:
             extra["hand_m"] = state[:, self._hand].astype(np.float64)
+        if self._quaternion:
+            extra["hand_quaternion_wxyz"] = state[:, self._quaternion].astype(np.float64)
         instruction = get(row, "tasks", "texts", self._episodes)[0]
         identity = [name, instruction, self._fps, [camera.to_dict() for camera in self._cameras]]
         identity += [[hashes[path], first] for path, first in places]

@@ -1,6 +1,6 @@
-"""The network: stock Wan with view attention in every block, an RGB and a heatmap stream, and a head for each.
+"""The network: stock Wan with view attention in every block, an RGB and a heatmap stream, a head for each, and maybe one for actions.
 
-Read it top to bottom: block, head, model with `forward`, and `initial_values`, the one place where new tensors get theirs.
+Read it top to bottom: block, heads, model with `forward`, and `initial_values`, the one place where new tensors get theirs.
 For V views every block adds, between self-attention and cross-attention,
 
     x = x + gate_mvs * projector(mvs_attn(norm_mvs(x) * (1 + scale_mvs) + shift_mvs))
@@ -20,11 +20,15 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from mvwan.actions import ACTION_HEADS
 from mvwan.errors import MvwanError
 from mvwan.model.wan import FP32LayerNorm, WanAttention, WanAttnProcessor, WanTransformer3DModel, WanTransformerBlock, register_to_config
-from mvwan.shapes import LATENT_CHANNELS
+from mvwan.shapes import FRAMES_PER_LATENT, LATENT_CHANNELS
 
 Fusion = Literal["channel", "view"]
+Actions = Literal["none", "gripper", "gripper_rotation"]
+ACTION_WIDTH = 64
+"""Numbers that the action head keeps of a token, and of a latent frame."""
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -105,17 +109,41 @@ class StreamHead(nn.Module):
         return self.proj_out(modulate(self.norm_out(x.float()), shift, scale).type_as(x))
 
 
+class ActionHead(nn.Module):
+    """Tokens of all streams -> logits of each frame. What a token says is weighed by how much it has to say of its latent frame."""
+
+    def __init__(self, dim: int, logits: int, eps: float) -> None:
+        super().__init__()
+        self.norm_out = FP32LayerNorm(dim, eps, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, dim))
+        self.proj_in = nn.Linear(dim, ACTION_WIDTH)
+        self.pool = nn.Linear(ACTION_WIDTH, 1, bias=False)
+        self.hidden = nn.Linear(ACTION_WIDTH, ACTION_WIDTH)
+        self.proj_out = nn.Linear(ACTION_WIDTH, FRAMES_PER_LATENT * logits)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """[B F A] float32 from x [B S f n D] and time [B f D]; F = 4 (f - 1) + 1, since latent frame 0 holds one frame."""
+        table = self.scale_shift_table + rearrange(time, "B f D -> B f 1 D").float()
+        shift, scale = rearrange(table, "B f k D -> k B 1 f 1 D").unbind(0)
+        y = modulate(self.norm_out(x.float()), shift, scale).type_as(x)
+        y = rearrange(nn.functional.gelu(self.proj_in(y)), "B S f n K -> B f (S n) K")
+        y = (self.pool(y).float().softmax(dim=2) * y.float()).sum(dim=2).type_as(y)
+        logits = self.proj_out(nn.functional.gelu(self.hidden(y)))
+        return rearrange(logits, "B f (k A) -> B (f k) A", k=FRAMES_PER_LATENT)[:, FRAMES_PER_LATENT - 1 :].float()
+
+
 class MultiViewWan(WanTransformer3DModel):
     """Wan2.2-TI2V for V views with an RGB and a heatmap stream.
 
     fusion "channel": both latents share tokens (2C channels into one patch embedding). fusion "view": they are 2V streams of view
     attention, each modality with its own patch embedding. Either way there are two heads, and input and output are
-    [B V 2C f h w], RGB channels first.
+    [B V 2C f h w], RGB channels first. `action_head` other than "none" adds a third, which reads the same tokens as these.
     """
 
     # Numerics, decided here for every new tensor. `modulation_mvs` and the heads' `scale_shift_table` are added to time embeddings in
     # float32 like the stock tables; `norm_mvs`, `norm_out` compute in float32 like stock norms. `mvs_attn` (norm_q, norm_k included),
-    # `projector`, `proj_out` and both patch embeddings follow the model's dtype, as their stock originals do.
+    # `projector`, `proj_out` and both patch embeddings follow the model's dtype, as their stock originals do; so do the action head's
+    # products, while it weighs tokens in float32.
     _keep_in_fp32_modules = [*(WanTransformer3DModel._keep_in_fp32_modules or []), "norm_mvs", "modulation_mvs", "norm_out"]  # noqa: RUF012
     _no_split_modules = ["MultiViewWanBlock"]  # noqa: RUF012
     _repeated_blocks = ["MultiViewWanBlock"]  # noqa: RUF012
@@ -142,6 +170,7 @@ class MultiViewWan(WanTransformer3DModel):
         pos_embed_seq_len: int | None = None,
         views: int = 3,
         fusion: Fusion = "channel",
+        action_head: Actions = "none",
     ) -> None:
         if image_dim is not None or added_kv_proj_dim is not None or pos_embed_seq_len is not None:
             raise MvwanError("the base takes image embeddings (Wan2.1 image-to-video); mvwan adapts Wan2.2-TI2V, which has none")
@@ -169,6 +198,7 @@ class MultiViewWan(WanTransformer3DModel):
         self._patch, self._fusion, self._channels, self._text_dim = patch, fusion, in_channels, text_dim
         self.head_rgb = StreamHead(dim, out_channels * math.prod(patch_size), eps)
         self.head_heatmap = StreamHead(dim, out_channels * math.prod(patch_size), eps)
+        self.head_action = None if action_head == "none" else ActionHead(dim, ACTION_HEADS[action_head], eps)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -177,14 +207,16 @@ class MultiViewWan(WanTransformer3DModel):
         return block.attn1.to_k.weight.dtype
 
     def forward(  # type: ignore[override]
-        self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, condition_frames: int = 1
-    ) -> torch.Tensor:
-        """Velocity (noise - clean), [B V 2C f h w] in the dtype of `latents`.
+        self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, condition_frames: int = 1, return_action: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        """Velocity (noise - clean), [B V 2C f h w] in the dtype of `latents`; with `return_action` (velocity, logits [B F A] of `actions`).
 
         latents [B V 2C f h w], RGB channels first, the given latent frames clean. timestep [B] in 0..1000: the first
         `condition_frames` latent frames get 0 in its place; or [B f], taken as it is. text [B L D] or [1 L D], text-encoder output,
-        zero after each prompt. Raises `MvwanError` for shapes that do not fit.
+        zero after each prompt. Raises `MvwanError` for shapes that do not fit, and for `return_action` without an action head.
         """
+        if return_action and self.head_action is None:
+            raise MvwanError('return_action: this model has no action head. Load it with action_head="gripper" or "gripper_rotation".')
         self._check(latents, timestep, text, condition_frames)
         if timestep.ndim == 1:
             given = torch.arange(latents.shape[3], device=latents.device) < condition_frames
@@ -192,9 +224,12 @@ class MultiViewWan(WanTransformer3DModel):
         device = latents.device.type
         mixed = self.compute_dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(device)
         with torch.autocast(device, dtype=self.compute_dtype) if mixed else contextlib.nullcontext():
-            return self._velocity(latents, timestep, text.expand(len(latents), -1, -1))
+            velocity, action = self._answer(latents, timestep, text.expand(len(latents), -1, -1), return_action)
+        return (velocity, action) if return_action else velocity
 
-    def _velocity(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def _answer(
+        self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, return_action: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, views, _, frames, height, width = latents.shape
         x = self._embed(latents)
         streams = x.shape[1]
@@ -213,9 +248,10 @@ class MultiViewWan(WanTransformer3DModel):
         _, p, q = self._patch
         patches = torch.stack([self.head_rgb(rgb, time), self.head_heatmap(heat, time)])
         # A head's rows are ordered (patch position, channel): the channel comes last.
-        return rearrange(
+        velocity = rearrange(
             patches, "m B V f (h w) (p q C) -> B V (m C) f (h p) (w q)", B=batch, h=height // p, w=width // q, p=p, q=q
         ).to(latents.dtype)  # fmt: skip
+        return velocity, self.head_action(x, time) if return_action and self.head_action is not None else None
 
     def _recompute(self, block: nn.Module, *arguments: Any) -> torch.Tensor:
         assert self._gradient_checkpointing_func is not None  # set by enable_gradient_checkpointing()
@@ -265,11 +301,13 @@ class MultiViewWan(WanTransformer3DModel):
             raise MvwanError(f"condition_frames={condition_frames} of {frames} latent frames; at least one must be left to predict")
 
 
-def initial_values(stock: Mapping[str, torch.Tensor], fusion: Fusion) -> dict[str, tuple[torch.Tensor, str]]:
+def initial_values(
+    stock: Mapping[str, torch.Tensor], fusion: Fusion, action_head: Actions = "none", seed: int = 0
+) -> dict[str, tuple[torch.Tensor, str]]:
     """New or widened tensor's name -> (value, where it comes from), from the tensors of a stock transformer.
 
     Every name of a `MultiViewWan` state that is not in the result is stock's own tensor of that name. Nothing shares storage
-    with `stock`.
+    with `stock`. `seed` is that of the action head's inner layers, which nothing in stock resembles.
     """
     values: dict[str, tuple[torch.Tensor, str]] = {}
     weight = stock["patch_embedding.weight"]
@@ -293,4 +331,19 @@ def initial_values(stock: Mapping[str, torch.Tensor], fusion: Fusion) -> dict[st
             like = stock[f"{block}attn1.to_out.0.weight"]
             values[f"{block}projector.weight"] = (torch.zeros_like(like), "zero")
             values[f"{block}projector.bias"] = (like.new_zeros(len(like)), "zero")
+    return values if action_head == "none" else values | _action_values(stock, ACTION_HEADS[action_head], seed)
+
+
+def _action_values(stock: Mapping[str, torch.Tensor], logits: int, seed: int) -> dict[str, tuple[torch.Tensor, str]]:
+    """The action head's part of `initial_values`: it starts by saying the same of every frame, from a plain mean over tokens."""
+    like, generator = stock["proj_out.weight"], torch.Generator().manual_seed(seed)
+    values = {"head_action.scale_shift_table": (stock["scale_shift_table"].clone(), "copy of the stock head")}
+    shapes = {"proj_in": (ACTION_WIDTH, like.shape[1]), "hidden": (ACTION_WIDTH, ACTION_WIDTH)}
+    for name, shape in shapes.items():
+        drawn = torch.randn(shape, generator=generator) / math.sqrt(shape[1])
+        values[f"head_action.{name}.weight"] = (drawn.to(like.device, like.dtype), "drawn from the seed")
+    zeros = {"proj_in.bias": (ACTION_WIDTH,), "hidden.bias": (ACTION_WIDTH,), "pool.weight": (1, ACTION_WIDTH)}
+    rows = FRAMES_PER_LATENT * logits
+    for name, shape in (zeros | {"proj_out.weight": (rows, ACTION_WIDTH), "proj_out.bias": (rows,)}).items():
+        values[f"head_action.{name}"] = (like.new_zeros(shape), "zero")
     return values

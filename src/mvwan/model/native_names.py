@@ -11,6 +11,7 @@ The two namings of one tensor:
     blocks.N.modulation                            blocks.N.scale_shift_table
     head.head.weight, head.modulation              proj_out.weight, scale_shift_table
     head_rgb.head.weight, head_rgb.modulation      head_rgb.proj_out.weight, head_rgb.scale_shift_table
+    head_action.head.weight                        head_action.proj_out.weight, and so on; its other layers keep their names
     text_embedding.0.weight                        condition_embedder.text_embedder.linear_1.weight
 
 Source: the key names of the Wan2.2 release and of diffusers' `WanTransformer3DModel`.
@@ -53,9 +54,10 @@ _ROOT_PAIRS = (
     ("head.modulation", "scale_shift_table"),
     *(
         pair
-        for head in ("head_rgb", "head_heatmap")
+        for head in ("head_rgb", "head_heatmap", "head_action")
         for pair in ((f"{head}.head", f"{head}.proj_out"), (f"{head}.modulation", f"{head}.scale_shift_table"))
     ),
+    *((f"head_action.{layer}", f"head_action.{layer}") for layer in ("proj_in", "pool", "hidden")),
 )
 _PREFIXES = ("pipe.dit.", "model.diffusion_model.", "dit.")
 # What may follow a module's name: its own weight or bias, or that of a LoRA wrapper. Tables (`modulation`) end with their name.

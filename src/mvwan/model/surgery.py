@@ -14,7 +14,7 @@ import torch
 from mvwan.checkpoint import Trained, find_checkpoint, load_trained, read_manifest
 from mvwan.compatibility import Compatibility, Purpose, check_identity, load_into
 from mvwan.config import Config, LoraConfig, TrainableConfig, TrainConfig, config_from_dict, trainable_from_dict
-from mvwan.model.multiview_wan import Fusion, MultiViewWan, initial_values
+from mvwan.model.multiview_wan import Actions, Fusion, MultiViewWan, initial_values
 from mvwan.model.trainable import ResolvedGroup, apply, resolve_groups
 from mvwan.model.trainable_table import TrainableTable
 from mvwan.model.wan import WanTransformer3DModel, base_digest, in_float32_island, load_transformer, stock_arguments
@@ -47,16 +47,18 @@ class SurgeryReport:
         return "\n".join(lines)
 
 
-def adapt(stock: WanTransformer3DModel, views: int = 3, fusion: Fusion = "channel") -> tuple[MultiViewWan, SurgeryReport]:
+def adapt(
+    stock: WanTransformer3DModel, views: int = 3, fusion: Fusion = "channel", action_head: Actions = "none", seed: int = 0
+) -> tuple[MultiViewWan, SurgeryReport]:
     """`MultiViewWan` that equals `stock` on every view's RGB stream, and the report.
 
-    Takes over the tensors of `stock` (which must not be used afterwards). Works on the meta device. Raises `MvwanError` for a
-    base that has no multi-view form.
+    Takes over the tensors of `stock` (which must not be used afterwards). Works on the meta device. `seed` is for the tensors of an
+    action head that have no model in stock. Raises `MvwanError` for a base that has no multi-view form.
     """
     before = dict(stock.named_parameters())
-    new = initial_values(before, fusion)
+    new = initial_values(before, fusion, action_head, seed)
     with torch.device("meta"):
-        model = MultiViewWan(**stock_arguments(stock.config), views=views, fusion=fusion)
+        model = MultiViewWan(**stock_arguments(stock.config), views=views, fusion=fusion, action_head=action_head)
     expected = dict(model.named_parameters())
     state: dict[str, torch.Tensor] = {}
     kept: list[str] = []
@@ -80,7 +82,9 @@ def adapt(stock: WanTransformer3DModel, views: int = 3, fusion: Fusion = "channe
     return model.eval().requires_grad_(False), report
 
 
-_ONLY_IN_MULTI_VIEW = re.compile(r"(blocks\.\d+\.(mvs_attn|projector|modulation_mvs)|head_heatmap|patch_embedding_heatmap)(\..+|$)")
+_ONLY_IN_MULTI_VIEW = re.compile(
+    r"(blocks\.\d+\.(mvs_attn|projector|modulation_mvs)|head_heatmap|head_action|patch_embedding_heatmap)(\..+|$)"
+)
 
 
 def has_place_in_stock(name: str) -> bool:
@@ -118,7 +122,7 @@ def to_stock(model: MultiViewWan, dtype: torch.dtype) -> WanTransformer3DModel:
     if config.fusion == "channel":
         state["patch_embedding.weight"] = state["patch_embedding.weight"].chunk(2, dim=1)[0].clone()
     held = {name.removeprefix("head_rgb."): tensor for name, tensor in state.items() if has_place_in_stock(name)}
-    arguments = {name: value for name, value in stock_arguments(config).items() if name not in ("views", "fusion")}
+    arguments = {name: value for name, value in stock_arguments(config).items() if name not in ("views", "fusion", "action_head")}
     with torch.device("meta"):
         stock = WanTransformer3DModel(**arguments)
     typed = {name: tensor.to(torch.float32 if in_float32_island(name) else dtype) for name, tensor in held.items()}
@@ -166,6 +170,7 @@ def load_model(
     seed: int = 0,
     purpose: Purpose = "infer",
     ema: bool = False,
+    action_head: Actions = "none",
 ) -> tuple[MultiViewWan, LoadReport]:
     """(model, report): base + surgery + trainable groups with LoRA + checkpoint.
 
@@ -180,10 +185,10 @@ def load_model(
     rank = lora_rank or (trained.manifest["lora"]["rank"] if trained and trainable is None else None) or settings.lora.rank
     alpha = lora_alpha if lora_alpha is not None else settings.lora.alpha
     settings = replace(settings, lora=replace(settings.lora, rank=rank, alpha=alpha))
-    groups = resolve_groups(settings, unfreeze_modulation_and_norms, train)
+    groups = resolve_groups(settings, unfreeze_modulation_and_norms, train, action_head)
 
     stock = load_transformer(base, dtype, device, random_weights, seed)
-    model, surgery = adapt(stock, views, fusion)
+    model, surgery = adapt(stock, views, fusion, action_head, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         table = apply(model, groups, rank=rank, alpha=alpha)
@@ -193,7 +198,7 @@ def load_model(
     path = find_checkpoint(checkpoint)
     known_base = trained.manifest["base"].get("digest") is not None
     digest = base_digest(base, random_weights, seed) if known_base else None
-    check_identity(trained.manifest, path, base=digest, views=views, fusion=fusion, rank=rank)
+    check_identity(trained.manifest, path, base=digest, views=views, fusion=fusion, action_head=action_head, rank=rank)
     fit = load_into(model, trained.tensors, table, purpose, path)
     return model, LoadReport(surgery=surgery, table=table, groups=groups, fit=fit, manifest=trained.manifest)
 
@@ -219,6 +224,7 @@ def load_as_trained(
         random_weights=config.base.random_weights,
         seed=config.seed,
         ema=ema,
+        action_head=config.model.action_head,
     )
     return model, config
 
@@ -240,9 +246,10 @@ def trainable_table(
     trainable: TrainableConfig | None = None,
     train: TrainConfig | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    action_head: Actions = "none",
 ) -> TrainableTable:
     """Exact counts of every group, on the meta device: no weights are read, none are needed."""
     settings = trainable or TrainableConfig()
-    model, _ = adapt(load_transformer(base, dtype, device="meta"), views, fusion)
-    groups = resolve_groups(settings, unfreeze_modulation_and_norms, train)
+    model, _ = adapt(load_transformer(base, dtype, device="meta"), views, fusion, action_head)
+    groups = resolve_groups(settings, unfreeze_modulation_and_norms, train, action_head)
     return apply(model, groups, rank=settings.lora.rank, alpha=settings.lora.alpha)

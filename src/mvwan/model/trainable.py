@@ -40,6 +40,7 @@ GROUPS: tuple[Group, ...] = (
     Group("lora_mvs", rf"blocks\.\d+\.mvs_attn\.{_QKVO}", "lora", "view attention"),
     Group("patch_embedding", r"patch_embedding(_heatmap)?\.(weight|bias)", "full", "latents to tokens"),
     Group("heads", r"head_(rgb|heatmap)\..+", "full", "tokens to velocity, each with its own modulation"),
+    Group("action_head", r"head_action\..+", "full", "tokens to gripper and rotation; only where the model has this head"),
     Group("projector", r"blocks\.\d+\.projector\.(weight|bias)", "full", "output of view attention, zero at the start"),
     Group("modulation_mvs", r"blocks\.\d+\.modulation_mvs", "full", "time modulation of view attention"),
     Group("modulation", r"blocks\.\d+\.scale_shift_table", "frozen", "AdaLN time modulation of the block (switch)"),
@@ -50,6 +51,7 @@ GROUPS: tuple[Group, ...] = (
     Group("time_embedding", r"condition_embedder\.(time_embedder|time_proj)\..+", "frozen", "timestep to modulation"),
     Group("all", r".+", "frozen", "everything that no group before took"),
 )
+ACTION_GROUP = "action_head"
 SWITCH_GROUPS = ("modulation", "mvs_norms")
 """What `unfreeze_modulation_and_norms` sets to `full`."""
 
@@ -85,14 +87,15 @@ class _Claims:
 
 
 def resolve_groups(
-    trainable: TrainableConfig, unfreeze_modulation_and_norms: bool = False, train: TrainConfig | None = None
+    trainable: TrainableConfig, unfreeze_modulation_and_norms: bool = False, train: TrainConfig | None = None, action_head: str = "none"
 ) -> tuple[ResolvedGroup, ...]:
     """The groups in the order of the rules, those of the user first; `train` None takes its default values.
 
-    Raises `MvwanError` for an unknown group, a bad pattern or value, and a switch that a group contradicts.
+    `action_head` is the model's; without one its group is not there. Raises `MvwanError` for an unknown group, a bad pattern or value,
+    and a switch that a group contradicts.
     """
     train = train or TrainConfig()
-    built_in = _with_lora_flags(trainable.lora)
+    built_in = [group for group in _with_lora_flags(trainable.lora) if action_head != "none" or group.name != ACTION_GROUP]
     for name in trainable.groups:
         _check_override(trainable, name, [group.name for group in built_in])
     own = [Group(name, given.pattern, given.mode or "frozen", "") for name, given in trainable.groups.items() if given.pattern is not None]
@@ -107,6 +110,8 @@ def _check_override(trainable: TrainableConfig, name: str, built_in: Sequence[st
     given, where = trainable.groups[name], f"trainable.groups.{name}"
     if name == REST:
         raise MvwanError(f"{where}: this name is kept for what no group takes. Choose another name.")
+    if name == ACTION_GROUP and name not in built_in:
+        raise MvwanError(f"{where}: model.action_head=none has no such layers. Remove {where}, or set model.action_head.")
     if name not in built_in and name in (group.name for group in GROUPS):
         raise MvwanError(f"{where}: trainable.lora leaves this group no layer. Remove {where}, or set a flag of trainable.lora to true.")
     if name in built_in and given.pattern is not None:
