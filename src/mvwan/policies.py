@@ -87,8 +87,7 @@ class Predicted:
         found = np.isfinite(point_m).all(axis=-1)
         self.num_lost += int((~found).sum())
         self.residual_px += residual_px[found].tolist()
-        opening = np.full(int(found.sum()), np.nan, np.float32)
-        return Plan(point_m=point_m[found], gripper_open=opening, stride=self._stride)
+        return Plan(point_m=point_m[found], gripper_open=prediction.gripper_open[later][found], stride=self._stride)
 
 
 class ExpertWaypoints:
