@@ -35,7 +35,10 @@ INTERFACE = {
     "record": ["--output", "--task", "--episodes", "--size-px", "--layouts", "--seed"],
     "cache": ["--output", *SETTINGS],
     "train": ["--output", *SETTINGS, *SWITCH, "--resume", "--accept-trainable-change", "--dry-run"],
-    "sample": ["run", "--output", "--dataset", "--window", "--denoise-steps", "--seed"],
+    "sample": [
+        *("run", "--output", "--dataset", "--window", "--image", "--cameras", "--prompt", "--point", "--gripper-open", "--fps"),
+        *("--denoise-steps", "--seed"),
+    ],
     "evaluate": [
         *("run", "--dataset", "--windows", "--denoise-steps", "--seed", "--output", "--trials", "--task", "--layouts", "--execute"),
         *("--processes", "--videos", "--final", "--dry-run"),
@@ -236,7 +239,7 @@ def test_dry_run_prints_config_table_and_windows_and_writes_nothing(tmp_path: Pa
 def test_dry_run_says_how_the_checkpoint_to_start_from_fits(tmp_path: Path) -> None:
     golden = Path(__file__).parent / "golden"
     settings = [f"base.source={golden / 'base.safetensors'}", f"train.from_checkpoint={golden / 'trained_frozen.safetensors'}"]
-    settings += ["trainable.lora.rank=4", "model.fusion=channel"]
+    settings += ["trainable.lora.rank=4", "model.fusion=channel", "model.action_head=none"]
     command = ["train", "--output", str(tmp_path / "run"), "--dry-run", *(word for setting in settings for word in ("--set", setting))]
     assert "trained_frozen.safetensors: exact" in run(*command).stdout
     refused = run(*command, "--unfreeze_modulation_and_norms")

@@ -6,6 +6,7 @@ Ctrl-C 130; anything else keeps its traceback.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from enum import StrEnum
@@ -291,20 +292,60 @@ def _datasets(config: Config) -> dict[str, Any]:
     return {split: WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation")}
 
 
-@app.command(epilog="Example: mvwan sample runs/first --window 0 --output predictions/first")
+@app.command(
+    epilog="Example: mvwan sample runs/first --window 0 --output predictions/first. With pictures of your own: mvwan sample runs/first "
+    "--image left.png --image right.png --image top.png --cameras cameras.json --prompt 'Open the drawer.' --point 0,0.6,0.2 --output out"
+)
 def sample(
     run: Run,
     output: Annotated[Path, typer.Option("--output", help="Folder to write to; must not exist yet.", show_default=False)],
     dataset: Dataset = None,
     window: Annotated[int, typer.Option("--window", min=0, help="Which held-out window, counted from 0.")] = 0,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", help="Your own first picture, one per camera in order; repeatable.", show_default=False)
+    ] = None,
+    cameras: Annotated[
+        Path | None, typer.Option("--cameras", help="JSON file of their cameras, as in a trajectory.json.", show_default=False)
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="What the robot shall do, for --image.", show_default=False)] = None,
+    point: Annotated[
+        str | None, typer.Option("--point", metavar="X,Y,Z", help="Where the tool point is now, metres, for --image.", show_default=False)
+    ] = None,
+    gripper_open: Annotated[
+        float | None, typer.Option("--gripper-open", min=0, max=1, help="How far the gripper is open now, for --image.", show_default=False)
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option("--fps", min=0.01, help="Predicted frames per second; not given: as in training.", show_default=False)
+    ] = None,
     denoise_steps: DenoiseSteps = 5,
     seed: Seed = 0,
 ) -> None:
-    """Predict the video after the first pictures of a held-out window: pictures, MP4 and the 3-D path beside the truth."""
-    from mvwan.evaluate import sample_window
+    """Predict what follows the first pictures of a held-out window, or your own: videos, a sheet of pictures, the 3-D path."""
+    from mvwan.evaluate import sample_pictures, sample_window
 
-    for path in sample_window(run, output, dataset=dataset, window=window, denoise_steps=denoise_steps, seed=seed):
+    steps = {"denoise_steps": denoise_steps, "seed": seed}
+    if not image:
+        if given := [name for name, value in (("--cameras", cameras), ("--prompt", prompt), ("--point", point)) if value is not None]:
+            raise MvwanError(f"{given[0]} belongs to pictures of your own: give them with --image")
+        written = sample_window(run, output, dataset=dataset, window=window, **steps)
+    elif cameras is None or prompt is None:
+        raise MvwanError("--image: pictures of your own need --cameras and --prompt as well")
+    else:
+        point_m = None if point is None else _point(point)
+        written = sample_pictures(run, output, image, cameras, prompt, point_m=point_m, gripper_open=gripper_open, fps=fps, **steps)
+    for path in written:
         typer.echo(path)
+
+
+def _point(text: str) -> list[float]:
+    """Three metres out of `x,y,z`, or `MvwanError`."""
+    try:
+        point_m = [float(part) for part in text.split(",")]
+    except ValueError:
+        point_m = []
+    if len(point_m) != 3 or not all(math.isfinite(value) for value in point_m):
+        raise MvwanError(f"--point {text!r}: three numbers in metres are needed, for example 0,0.6,0.2")
+    return point_m
 
 
 @app.command(epilog="Example: mvwan evaluate runs/first --windows 16 --trials 10")

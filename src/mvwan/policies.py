@@ -81,6 +81,8 @@ class Predicted:
             steps=self._denoise_steps,
             seed=noise_seed,
             point_m=seen.state.point_m,
+            gripper_open=float(np.clip(seen.state.gripper_open, 0, 1)),
+            heat_only=True,
         )
         later = slice(1, 1 + self._execute)
         point_m, residual_px = prediction.point_m[later], prediction.residual_px[later]
