@@ -70,7 +70,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--transformer-steps", type=int, default=3000)
     parser.add_argument("--transformer-minutes", type=float, default=15)
-    parser.add_argument("--transformer-learning-rate", type=float, default=6e-4)
+    parser.add_argument("--transformer-learning-rate", type=float, default=1e-3)
     parser.add_argument("--measure-videos", type=int, default=48, help="of each kind of camera (default %(default)s)")
     options = parser.parse_args(arguments)
     unknown = [stage for stage in options.stages if stage not in STAGES]

@@ -34,7 +34,7 @@ FLOORS: dict[float, tuple[str, ...]] = {
     1.5: ("actions", "data.episode", "flow"),
     2: ("data.lerobot", "data.transforms", "model.trainable", "model.wan", "prediction_files", "presets", "report_frames", "trajectory"),
     3: ("checkpoint", "compatibility", "data.dataset", "model.latents", "model.movement", "model.multiview_wan"),
-    4: ("checkpoint_writer", "latent_cache", "model.surgery"),
+    4: ("baselines", "checkpoint_writer", "latent_cache", "model.surgery"),
     5: ("checkpoint_compare", "checkpoint_export", "sample", "sim.metaworld", "train_data", "training_module"),
     5.5: ("deepspeed_engine", "sim.execution"),
     6: ("evaluate", "optimizer", "policies", "run_manifest", "strategy"),

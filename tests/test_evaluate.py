@@ -12,7 +12,17 @@ from mvwan.batch import Prediction, Sample
 from mvwan.config import Config
 from mvwan.data.dataset import read_episodes
 from mvwan.errors import MvwanError
-from mvwan.evaluate import evaluate_prediction, held_out_windows, load_prediction, measure_window, render, sample_window, spread
+from mvwan.evaluate import (
+    Tallies,
+    answers_of,
+    evaluate_prediction,
+    held_out_windows,
+    load_prediction,
+    measure_window,
+    render,
+    sample_window,
+    spread,
+)
 from mvwan.heatmaps import render as render_heat
 from mvwan.metrics import Tally
 from mvwan.presets import config_from_preset
@@ -57,6 +67,10 @@ def perfect(sample: Sample, **changes: np.ndarray) -> Prediction:
     return dataclasses.replace(truth, **changes)
 
 
+def measured_of(run: LoadedRun, sample: Sample, prediction: Prediction) -> Tallies:
+    return measure_window(run, sample, prediction, answers_of(run, sample, prediction, held_out_windows(run).windows[0], None))
+
+
 def total(tallies: tuple[Tally, ...]) -> Tally:
     return sum(tallies, Tally())
 
@@ -72,7 +86,7 @@ def test_the_truth_scores_perfectly_and_the_given_frame_never_counts(run: Loaded
     spoiled = {"rgb": sample.rgb.copy(), "uv_px": sample.uv_px.copy(), "point_m": sample.point_m.copy()}
     spoiled["rgb"][:, 0], spoiled["uv_px"][:, 0], spoiled["point_m"][0] = 0, 0, 9.0
     for prediction in (perfect(sample), perfect(sample, **spoiled)):
-        measured = measure_window(run, sample, prediction, with_codec=False)["predicted"]
+        measured = measured_of(run, sample, prediction)["predicted"]
         assert total(measured["peak_error_px"]).mean == 0
         assert total(measured["peak_error_px"]).count == sample.visible[:, 1:].sum()
         assert total(measured["found"]).mean == 1
@@ -83,21 +97,22 @@ def test_the_truth_scores_perfectly_and_the_given_frame_never_counts(run: Loaded
 
 def test_known_errors_are_measured_as_such(run: LoadedRun, sample: Sample) -> None:
     moved = perfect(sample, uv_px=sample.uv_px + np.array([3.0, 4.0], np.float32), point_m=sample.point_m + np.array([0, 0, 0.01]))
-    measured = measure_window(run, sample, moved, with_codec=False)
+    measured = measured_of(run, sample, moved)
     assert total(measured["predicted"]["peak_error_px"]).mean == pytest.approx(5, abs=1e-4)
     assert total(measured["predicted"]["error_3d_mm"]).mean == pytest.approx(10)
     held = np.linalg.norm(sample.uv_px - sample.uv_px[:, :1], axis=-1)[:, 1:][sample.visible[:, 1:]].mean()
     assert total(measured["hold_first"]["peak_error_px"]).mean == pytest.approx(held)
     walked = 1000 * np.linalg.norm(sample.point_m - sample.point_m[0], axis=-1)[1:].mean()
     assert total(measured["hold_first"]["error_3d_mm"]).mean == pytest.approx(walked)
-    assert "codec" not in measured
+    assert "nearest" not in measured
+    assert total(measured["predicted"]["within_4_px"]).mean == 0 and total(measured["predicted"]["within_8_px"]).mean == 1
 
 
 def test_losing_every_peak_scores_like_holding_the_first_frame(run: LoadedRun, sample: Sample) -> None:
     """A heatmap without a peak reads as the middle of the picture, which is often near the truth."""
     middle, nothing = np.full_like(sample.uv_px, 32.0), np.zeros(sample.visible.shape, np.float32)
     lost = perfect(sample, uv_px=middle, confidence=nothing, point_m=np.full_like(sample.point_m, np.nan))
-    measured = measure_window(run, sample, lost, with_codec=False)
+    measured = measured_of(run, sample, lost)
     for name in ("peak_error_px", "error_3d_mm"):
         assert total(measured["predicted"][name]) == total(measured["hold_first"][name])
     assert total(measured["predicted"]["found"]).mean == 0
@@ -114,15 +129,20 @@ def test_evaluation_of_a_run(folder: Path, run: LoadedRun) -> None:
     assert result["episodes"] == sorted({window.episode.name for window in held_out.windows})
     assert not trained_on & set(result["episodes"])
     assert result["num_windows"] == len(result["windows"]) == min(3, len(held_out))
-    for source in ("predicted", "hold_first", "codec"):
+    assert list(result["measures"]) == ["predicted", "hold_first", "constant_velocity", "nearest", "codec"]
+    for source in ("predicted", "hold_first", "nearest", "codec"):
         measures = result["measures"][source]
         assert measures["rgb_psnr_db"]["mean"] == pytest.approx(metrics.psnr_db(measures["rgb_squared_error"]["mean"]), abs=0.01)
         assert len(measures["peak_error_px"]["per_view"]) == 3
-    frames = result["per_frame_peak_error_px"]
+        assert 0 <= measures["peak_error_px"]["median"] <= measures["peak_error_px"]["p95"]
+        assert measures["within_2_px"]["mean"] <= measures["within_4_px"]["mean"] <= measures["within_8_px"]["mean"]
+    assert "rgb_psnr_db" not in result["measures"]["constant_velocity"]
+    assert result["per_frame"]["error_3d_mm"]["hold_first"][0] == 0 < result["per_frame"]["error_3d_mm"]["hold_first"][1]
+    frames = result["per_frame"]["peak_error_px"]
     assert frames["hold_first"][0] == 0
     assert frames["predicted"][0] == pytest.approx(0, abs=0.1)
     assert len(frames["predicted"]) == 5
-    assert len(render(result).rows) == 7
+    assert len(render(result).rows) == 14
     stored = load_prediction(folder / result["windows"][0]["pictures"])
     assert stored["true_rgb"].shape == stored["predicted_rgb"].shape == stored["true_heat"].shape == (3, 5, 64, 64, 3)
     assert str(stored["prompt"]) == "move the ball"

@@ -67,12 +67,19 @@ def write_run(folder: Path, switch: bool, errors: list[float], hold: float = 8.0
         names = {
             "peak_error_px": error,
             "found": 0.5,
+            "within_2_px": 0.2,
+            "within_4_px": 0.4,
+            "within_8_px": 0.6,
+            "lost": 0.1,
             "error_3d_mm": 10 * error,
             "rgb_squared_error": 65.0,
             "rgb_psnr_db": 30 - error,
             "rgb_ssim": 0.9,
         }
-        return {name: {"mean": value, "count": 9, "lost": 0, "per_view": [value, value + 1]} for name, value in names.items()}
+        return {
+            name: {"mean": value, "median": value, "p95": 2 * value, "count": 9, "lost": 0, "per_view": [value, value + 1]}
+            for name, value in names.items()
+        }
 
     mean = sum(errors) / len(errors)
     predicted = measures(mean) | {"view_disagreement_px": {"mean": 1.25, "count": 9, "lost": 0, "per_view": [1, 1.5]}}
@@ -82,10 +89,14 @@ def write_run(folder: Path, switch: bool, errors: list[float], hold: float = 8.0
     ]
     windows[0]["pictures"] = "predictions/00.npz"
     evaluation = {
-        "num_windows": len(errors), "episodes": ["drawer/000001"], "views": ["left", "top"], "num_frames": 5, "given_frames": 1,
+        "format_version": 2, "num_windows": len(errors),
+        "episodes": ["drawer/000001"], "views": ["left", "top"], "num_frames": 5, "given_frames": 1,
         "denoise_steps": 5, "seed": 0, "size_px": [32, 48], "found_within_px": 1.6, "windows": windows,
-        "measures": {"predicted": predicted, "hold_first": measures(hold), "codec": measures(2.0)},
-        "per_frame_peak_error_px": {"predicted": [0.0, 1, 2, 3, 4], "hold_first": [0.0, 2, 4, 6, 8]},
+        "measures": {"predicted": predicted, "hold_first": measures(hold), "codec": measures(2.0), "nearest": measures(3.0)},
+        "per_frame": {
+            name: {"predicted": [0.0, 1, 2, 3, 4], "hold_first": [0.0, 2, 4, 6, 8], "nearest": [0.0, 3, 3, 3, 3]}
+            for name in ("peak_error_px", "error_3d_mm")
+        },
     }  # fmt: skip
     write_json(folder / "evaluation.json", evaluation)
     draw = np.random.default_rng(int(switch))
@@ -199,6 +210,7 @@ def test_figures_hold_the_numbers(page: Page) -> None:
         "Held out, rgb",
         "Held out, heat",
         "Peak error by frame",
+        "3-D error by frame",
         "Peak error by window",
         "Path of the tool point",
     ]
@@ -236,6 +248,10 @@ def test_one_run_alone(runs: dict[str, Path], tmp_path: Path) -> None:
 
 def test_a_missing_file_is_named_and_nothing_written(runs: dict[str, Path], tmp_path: Path) -> None:
     folder = write_run(tmp_path / "half", False, [1.0])
+    old = json.loads((folder / "evaluation.json").read_text()) | {"format_version": 1}
+    (folder / "evaluation.json").write_text(json.dumps(old))
+    with pytest.raises(MvwanError, match=r"format 1, this version reads 2. Run `mvwan evaluate` again"):
+        write_report({"off": folder}, tmp_path / "report.html")
     (folder / "evaluation.json").unlink()
     with pytest.raises(MvwanError, match=r"evaluation\.json"):
         write_report({"off": folder}, tmp_path / "page.html")

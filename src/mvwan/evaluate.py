@@ -1,13 +1,13 @@
-"""A run's predictions on held-out windows, measured beside the baseline that holds the first frame and beside the codec alone.
+"""A run's predictions on held-out windows, measured beside baselines and beside the codec alone.
 
-Three columns answer three questions: `predicted` is the run, `hold_first` is what doing nothing scores, `codec` is the truth sent
-through the VAE and back, which no run on this base can beat by much. Given frames never count. Knows no page and no training.
+`predicted` is the run; `hold_first`, `constant_velocity` and `nearest` (training demonstration) need no training; `codec` is the truth
+sent through the VAE and back, which no run on this base can beat by much. Given frames never count. Knows no page and no training.
 """
 
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mvwan import heatmaps, metrics
+from mvwan import baselines, heatmaps, metrics
+from mvwan.baselines import Answer, NearestDemonstration
 from mvwan.batch import Prediction, Sample
-from mvwan.data.dataset import WindowDataset, heat_video, read_episodes
+from mvwan.data.dataset import Window, WindowDataset, heat_video, read_episodes
 from mvwan.errors import MvwanError
 from mvwan.files import sha256_json, whole_file, write_json
 from mvwan.metrics import Tally
@@ -26,10 +27,12 @@ from mvwan.prediction_files import Truth, read_cameras, read_pictures, write_pre
 from mvwan.sample import LoadedRun, load_run, predict
 from mvwan.trajectory import lift
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PCK_SHARE = 0.05
 """A peak is found when it lies within this share of the picture's height."""
-SOURCES = ("predicted", "hold_first", "codec")
+PCK_PX = (2, 4, 8)
+"""Distances in px within which peaks are counted as well."""
+SOURCES = ("predicted", "hold_first", "constant_velocity", "nearest", "codec")
 
 Tallies = dict[str, dict[str, tuple[Tally, ...]]]
 """Source -> measure -> one tally per view, or a single one for what all views give together."""
@@ -95,15 +98,20 @@ def evaluate_prediction(
     target = Path(output) if output is not None else loaded.checkpoint.parents[1] / "evaluation.json"
     codec_key = sha256_json([loaded.codec.digest, loaded.config.data.heatmap_sigma_px, *map(held_out.sample_fingerprint, chosen)])
     known_codec = codec_from["measures"]["codec"] if codec_from is not None and codec_from["codec_key"] == codec_key else None
+    nearest = _nearest(loaded)
     tallies: Tallies = {source: {} for source in SOURCES}
-    per_frame: dict[str, list[Tally]] = {}
+    per_frame: dict[str, dict[str, list[Tally]]] = {}
     rows: list[dict[str, Any]] = []
+    given = loaded.config.train.condition_frames
     for index in track(chosen, "predicting", console=Console(stderr=True), transient=True, disable=not progress):
         sample = held_out.sample(index)
         prediction = predict_sample(loaded, sample, denoise_steps, seed)
-        measured = measure_window(loaded, sample, prediction, with_codec=known_codec is None)
+        answers = answers_of(loaded, sample, prediction, held_out.windows[index], nearest)
+        measured = measure_window(loaded, sample, prediction, answers)
+        if known_codec is None:
+            measured["codec"] = measure_answer(sample, _through_codec(loaded, sample), answers["hold_first"], given)
         _add(tallies, measured)
-        _add_frames(per_frame, sample, prediction, loaded.config.train.condition_frames)
+        _add_frames(per_frame, sample, answers)
         rows.append(_window_row(sample, measured))
         if index in kept:
             name = f"predictions/{sum('pictures' in row for row in rows):02d}.npz"
@@ -125,8 +133,13 @@ def evaluate_prediction(
         "size_px": [loaded.config.data.height_px, loaded.config.data.width_px],
         "found_within_px": PCK_SHARE * loaded.config.data.height_px,
         "codec_key": codec_key,
-        "measures": {source: known_codec if source == "codec" and known_codec else _summary(tallies[source]) for source in SOURCES},
-        "per_frame_peak_error_px": {source: [_number(tally.mean) for tally in frames] for source, frames in per_frame.items()},
+        "within_px": list(PCK_PX),
+        "measures": {source: _summary(measures) for source, measures in tallies.items() if measures}
+        | ({"codec": known_codec} if known_codec else {}),
+        "per_frame": {
+            name: {source: [_number(tally.mean) for tally in frames] for source, frames in sources.items()}
+            for name, sources in per_frame.items()
+        },
         "windows": rows,
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -141,36 +154,38 @@ def spread(available: int, wanted: int) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, available - 1, wanted).tolist()}) if wanted > 1 else [available // 2] * wanted
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Answer:
-    """What one source says about a window. Not a number where it says nothing."""
-
-    rgb: np.ndarray
-    """[V F H W 3] uint8."""
-    uv_px: np.ndarray
-    """[V F 2]."""
-    point_m: np.ndarray
-    """[F 3]."""
+def _nearest(run: LoadedRun) -> NearestDemonstration | None:
+    """The baseline that replays, None where the run's own demonstrations are gone."""
+    data = run.config.data
+    if not Path(data.root).is_dir():
+        return None
+    return NearestDemonstration(
+        WindowDataset(read_episodes(data.root, data.cameras), data, run.config.model.views, "train", run.config.seed)
+    )
 
 
-def measure_window(run: LoadedRun, sample: Sample, prediction: Prediction, with_codec: bool = True) -> Tallies:
-    """The tallies of one window for the prediction, the held first frame, and (unless left out) the truth through the codec."""
-    given = run.config.train.condition_frames
-    held = hold(sample, given)
+def answers_of(
+    run: LoadedRun, sample: Sample, prediction: Prediction, window: Window, nearest: NearestDemonstration | None
+) -> dict[str, Answer]:
+    """Source -> what it says about the window: the run and the baselines."""
+    given = metrics.num_given_frames(run.config.train.condition_frames)
     predicted = Answer(rgb=prediction.rgb, uv_px=_seen(prediction.uv_px, prediction.confidence), point_m=prediction.point_m)
-    disagreement = metrics.view_disagreement_px(prediction.uv_px, prediction.confidence, sample.cameras, given)
-    measured = {
-        "predicted": {**_measure(sample, predicted, held, given), "view_disagreement_px": disagreement},
-        "hold_first": _measure(sample, held, held, given),
+    answers = {
+        "predicted": predicted,
+        "hold_first": baselines.hold_first(sample, given),
+        "constant_velocity": baselines.constant_velocity(sample, window, given),
     }
-    return measured | {"codec": _measure(sample, _through_codec(run, sample), held, given)} if with_codec else measured
+    return answers | ({"nearest": nearest.answer(sample, given)} if nearest is not None else {})
 
 
-def hold(sample: Sample, condition_frames: int) -> Answer:
-    """The baseline: everything stays as in the last given frame."""
-    given = metrics.num_given_frames(condition_frames)
-    rgb, uv_px = (metrics.hold_first(values, 1, given) for values in (sample.rgb, sample.uv_px))
-    return Answer(rgb=rgb, uv_px=uv_px, point_m=metrics.hold_first(sample.point_m, 0, given))
+def measure_window(run: LoadedRun, sample: Sample, prediction: Prediction, answers: Mapping[str, Answer]) -> Tallies:
+    """The tallies of one window for each of the answers, and how far the views of the prediction disagree."""
+    given = run.config.train.condition_frames
+    measured = {source: measure_answer(sample, answer, answers["hold_first"], given) for source, answer in answers.items()}
+    measured["predicted"]["view_disagreement_px"] = metrics.view_disagreement_px(
+        prediction.uv_px, prediction.confidence, sample.cameras, given
+    )
+    return measured
 
 
 def _seen(uv_px: np.ndarray, confidence: np.ndarray) -> np.ndarray:
@@ -183,21 +198,24 @@ def filled(values: np.ndarray, held: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values), values, held)
 
 
-def _measure(sample: Sample, answer: Answer, held: Answer, given: int) -> dict[str, tuple[Tally, ...]]:
-    threshold_px = PCK_SHARE * sample.rgb.shape[2]
+def measure_answer(sample: Sample, answer: Answer, held: Answer, given: int) -> dict[str, tuple[Tally, ...]]:
+    """Measure -> its tallies for one answer; `given` latent frames do not count. What it does not say is taken from `held`."""
     lost = np.isnan(answer.uv_px[..., 0]).astype(np.float64)
     after = slice(metrics.num_given_frames(given), None)
-    return {
+    within = {f"within_{px}_px": metrics.pck(answer.uv_px, sample.uv_px, sample.visible, px, given) for px in PCK_PX}
+    measured = {
         "peak_error_px": metrics.peak_error_px(filled(answer.uv_px, held.uv_px), sample.uv_px, sample.visible, given),
-        "found": metrics.pck(answer.uv_px, sample.uv_px, sample.visible, threshold_px, given),
+        "found": metrics.pck(answer.uv_px, sample.uv_px, sample.visible, PCK_SHARE * sample.rgb.shape[2], given),
+        **within,
         "lost": tuple(
-            Tally(total=float(missing[after][visible[after]].sum()), count=int(visible[after].sum()))
-            for missing, visible in zip(lost, sample.visible, strict=True)
+            Tally(values=tuple(missing[after][visible[after]].tolist())) for missing, visible in zip(lost, sample.visible, strict=True)
         ),
         "error_3d_mm": (metrics.error_3d_mm(filled(answer.point_m, held.point_m), sample.point_m, given),),
-        "rgb_squared_error": metrics.squared_error(answer.rgb, sample.rgb, given),
-        "rgb_ssim": metrics.ssim(answer.rgb, sample.rgb, given),
     }
+    if answer.rgb is not None:
+        measured["rgb_squared_error"] = metrics.squared_error(answer.rgb, sample.rgb, given)
+        measured["rgb_ssim"] = metrics.ssim(answer.rgb, sample.rgb, given)
+    return measured
 
 
 def _through_codec(run: LoadedRun, sample: Sample) -> Answer:
@@ -216,35 +234,46 @@ def _add(tallies: Tallies, measured: Tallies) -> None:
             tallies[source][name] = tuple(a + b for a, b in zip(old, views, strict=True))
 
 
-def _add_frames(per_frame: dict[str, list[Tally]], sample: Sample, prediction: Prediction, condition_frames: int) -> None:
-    """Adds the peak error of each frame over all views, to see how it grows with time."""
-    frames = sample.rgb.shape[1]
-    held = hold(sample, condition_frames).uv_px
-    for source, uv_px in (("predicted", filled(_seen(prediction.uv_px, prediction.confidence), held)), ("hold_first", held)):
-        sums = per_frame.setdefault(source, [Tally()] * frames)
-        for frame in range(frames):
-            one = slice(frame, frame + 1)
-            views = metrics.peak_error_px(uv_px[:, one], sample.uv_px[:, one], sample.visible[:, one], condition_frames=0)
-            sums[frame] = sum(views, sums[frame])
+def _add_frames(per_frame: dict[str, dict[str, list[Tally]]], sample: Sample, answers: Mapping[str, Answer]) -> None:
+    """Adds the errors of each frame over all views, to see how they grow with time."""
+    held = answers["hold_first"]
+    frames = range(sample.rgb.shape[1])
+    for source, answer in answers.items():
+        uv_px, point_m = filled(answer.uv_px, held.uv_px), filled(answer.point_m, held.point_m)
+        for name in ("peak_error_px", "error_3d_mm"):
+            sums = per_frame.setdefault(name, {}).setdefault(source, [Tally() for _ in frames])
+            for frame in frames:
+                one = slice(frame, frame + 1)
+                if name == "peak_error_px":
+                    found = metrics.peak_error_px(uv_px[:, one], sample.uv_px[:, one], sample.visible[:, one], condition_frames=0)
+                else:
+                    found = (metrics.error_3d_mm(point_m[one], sample.point_m[one], condition_frames=0),)
+                sums[frame] = sum(found, sums[frame])
 
 
 def _number(value: float, digits: int = 4) -> float | None:
     return round(value, digits) if math.isfinite(value) else None
 
 
+_IN_DETAIL = ("peak_error_px", "error_3d_mm", "view_disagreement_px")
+
+
 def _summary(measures: Mapping[str, Sequence[Tally]]) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for name, views in measures.items():
         total = sum(views, Tally())
-        per_view = [_number(view.mean) for view in views] if len(views) > 1 else []
-        summary[name] = {"mean": _number(total.mean), "count": total.count, "lost": total.lost, "per_view": per_view}
-    error = sum(measures["rgb_squared_error"], Tally())
-    summary["rgb_psnr_db"] = {
-        "mean": _number(metrics.psnr_db(error.mean)) if error.count else None,
-        "count": error.count,
-        "lost": error.lost,
-        "per_view": [_number(metrics.psnr_db(view.mean)) if view.count else None for view in measures["rgb_squared_error"]],
-    }
+        summary[name] = {"mean": _number(total.mean), "count": total.count, "lost": total.lost}
+        if name in _IN_DETAIL:
+            summary[name] |= {"median": _number(total.quantile(0.5)), "p95": _number(total.quantile(0.95))}
+        summary[name]["per_view"] = [_number(view.mean) for view in views] if len(views) > 1 else []
+    if "rgb_squared_error" in measures:
+        error = sum(measures["rgb_squared_error"], Tally())
+        summary["rgb_psnr_db"] = {
+            "mean": _number(metrics.psnr_db(error.mean)) if error.count else None,
+            "count": error.count,
+            "lost": error.lost,
+            "per_view": [_number(metrics.psnr_db(view.mean)) if view.count else None for view in measures["rgb_squared_error"]],
+        }
     return summary
 
 
@@ -337,21 +366,28 @@ def sample_pictures(
 
 
 _ROWS = (
-    ("peak_error_px", "heatmap peak error, px", 2),
-    ("found", "peaks found, share", 3),
-    ("lost", "heatmaps without a peak, share", 3),
-    ("error_3d_mm", "3-D error, mm", 1),
-    ("rgb_psnr_db", "RGB PSNR, dB", 2),
-    ("rgb_ssim", "RGB SSIM", 3),
-    ("view_disagreement_px", "views disagree by, px", 2),
+    ("peak_error_px", "mean", "heatmap peak error, px", 2),
+    ("peak_error_px", "median", "… median", 2),
+    ("peak_error_px", "p95", "… 95th percentile", 2),
+    ("found", "mean", "peaks found, share", 3),
+    ("within_2_px", "mean", "… within 2 px", 3),
+    ("within_4_px", "mean", "… within 4 px", 3),
+    ("within_8_px", "mean", "… within 8 px", 3),
+    ("lost", "mean", "heatmaps without a peak, share", 3),
+    ("error_3d_mm", "mean", "3-D error, mm", 1),
+    ("error_3d_mm", "median", "… median", 1),
+    ("error_3d_mm", "p95", "… 95th percentile", 1),
+    ("rgb_psnr_db", "mean", "RGB PSNR, dB", 2),
+    ("rgb_ssim", "mean", "RGB SSIM", 3),
+    ("view_disagreement_px", "mean", "views disagree by, px", 2),
 )
 
 
 def measure_rows(measures: Mapping[str, Any]) -> list[tuple[str, dict[str, float | None], int]]:
-    """(label, source -> mean, digits) per measure that exists, in the order in which people read them."""
+    """(label, source -> number, digits) per measure, in the order in which people read them; sources without it are left out."""
     rows = []
-    for name, label, digits in _ROWS:
-        values = {source: measures[source][name]["mean"] for source in SOURCES if name in measures[source]}
+    for name, statistic, label, digits in _ROWS:
+        values = {source: measures[source][name][statistic] for source in SOURCES if name in measures.get(source, {})}
         rows.append((label, values, digits))
     return rows
 
@@ -361,9 +397,10 @@ def render(result: Mapping[str, Any]) -> Table:
     title = f"{result['num_windows']} held-out windows of {len(result['episodes'])} episodes, {result['denoise_steps']} denoising steps"
     table = Table(title=title, title_justify="left")
     table.add_column("measure")
-    for source in SOURCES:
+    sources = [source for source in SOURCES if source in result["measures"]]
+    for source in sources:
         table.add_column(source.replace("_", " "), justify="right")
     for label, values, digits in measure_rows(result["measures"]):
-        cells = [values.get(source) for source in SOURCES]
+        cells = [values.get(source) for source in sources]
         table.add_row(label, *("–" if value is None else f"{value:.{digits}f}" for value in cells))
     return table

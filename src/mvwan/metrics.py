@@ -1,7 +1,7 @@
 """How far a prediction is from the truth, in px, mm and dB, and the baselines that it has to beat. Knows no model and no files.
 
 Frames that were given clean never count: `condition_frames` is their number in latent frames, as everywhere. What is averaged is
-returned as `Tally` (sum, count), so that windows, views and processes are added up before the one division.
+returned as `Tally`, all values, so that windows and views are put together before means and percentiles are taken.
 """
 
 import math
@@ -16,21 +16,27 @@ from mvwan.shapes import num_frames_of
 
 @dataclass(frozen=True, kw_only=True)
 class Tally:
-    """A mean before its division. Tallies add up."""
+    """Values before they are summarised. Tallies add up."""
 
-    total: float = 0.0
-    count: int = 0
-    """Values in `total`."""
+    values: tuple[float, ...] = ()
     lost: int = 0
-    """Values that should be there but that the prediction lacks (NaN): in neither `total` nor `count`, so report them beside the mean."""
+    """Values that should be there but that the prediction lacks (NaN): not in `values`, so report them beside the mean."""
 
     def __add__(self, other: "Tally") -> "Tally":
-        return Tally(total=self.total + other.total, count=self.count + other.count, lost=self.lost + other.lost)
+        return Tally(values=self.values + other.values, lost=self.lost + other.lost)
+
+    @property
+    def count(self) -> int:
+        return len(self.values)
 
     @property
     def mean(self) -> float:
-        """total / count; NaN of nothing."""
-        return self.total / self.count if self.count else math.nan
+        """NaN of nothing."""
+        return math.fsum(self.values) / self.count if self.count else math.nan
+
+    def quantile(self, share: float) -> float:
+        """The value that `share` of all do not exceed, between neighbours in a straight line; NaN of nothing."""
+        return float(np.quantile(self.values, share)) if self.count else math.nan
 
 
 def num_given_frames(condition_frames: int) -> int:
@@ -73,10 +79,10 @@ def view_disagreement_px(
 
 
 def squared_error(pred_rgb: np.ndarray, true_rgb: np.ndarray, condition_frames: int = 1) -> tuple[Tally, ...]:
-    """One tally per view of the squared difference of uint8 values [V F H W 3]: add these, then `psnr_db` of the mean."""
+    """One tally per view of each frame's mean squared difference of uint8 values [V F H W 3]: add these, then `psnr_db` of the mean."""
     given = num_given_frames(condition_frames)
     pairs = zip(pred_rgb[:, given:], true_rgb[:, given:], strict=True)
-    return tuple(Tally(total=float(np.square(_float(pred) - _float(true)).sum()), count=true.size) for pred, true in pairs)
+    return tuple(Tally(values=tuple(np.square(_float(pred) - _float(true)).mean(axis=(1, 2, 3)).tolist())) for pred, true in pairs)
 
 
 def psnr_db(mean_squared_error: float) -> float:
@@ -98,7 +104,7 @@ def ssim(pred_rgb: np.ndarray, true_rgb: np.ndarray, condition_frames: int = 1) 
         pred, true = (torch.from_numpy(rgb[view, given:].astype(np.float32)).permute(0, 3, 1, 2) for rgb in (pred_rgb, true_rgb))
         values = structural_similarity_index_measure(pred, true, data_range=255.0, reduction="none") if len(true) else torch.zeros(0)
         assert isinstance(values, torch.Tensor)
-        tallies.append(Tally(total=float(values.sum()), count=len(true)))
+        tallies.append(Tally(values=tuple(values.tolist())))
     return tuple(tallies)
 
 
@@ -126,7 +132,7 @@ def _tally(values: np.ndarray, wanted: np.ndarray, condition_frames: int) -> Tal
     given = num_given_frames(condition_frames)
     chosen = values[given:][np.asarray(wanted, bool)[given:]]
     finite = np.isfinite(chosen)
-    return Tally(total=float(chosen[finite].sum()), count=int(finite.sum()), lost=int((~finite).sum()))
+    return Tally(values=tuple(chosen[finite].tolist()), lost=int((~finite).sum()))
 
 
 def _per_view(values: np.ndarray, wanted: np.ndarray, condition_frames: int) -> tuple[Tally, ...]:

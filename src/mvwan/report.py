@@ -20,6 +20,8 @@ from mvwan.model.trainable_table import human_bytes, percent
 from mvwan.report_frames import SOURCE_NAMES, Window, source_name, window_block
 from mvwan.run_record import RunRecord, findings, number
 
+_BASELINES = (("hold", "hold_first"), ("velocity", "constant_velocity"), ("nearest", "nearest"))
+_DRAWN_BASELINES = (_BASELINES[0], _BASELINES[2])
 _VERSIONS = ("mvwan", "torch", "diffusers", "transformers", "peft", "accelerate", "metaworld", "mujoco", "numpy")
 
 
@@ -208,12 +210,14 @@ def _errors(records: Sequence[RunRecord]) -> str:
     intro = (
         f"<p>{evaluation['num_windows']} windows of {evaluation['num_frames']} frames from held-out episodes "
         f"({html.escape(', '.join(evaluation['episodes']))}), {evaluation['denoise_steps']} denoising steps, seed {evaluation['seed']}. "
-        "<em>Hold first frame</em> predicts that nothing moves. <em>VAE round trip</em> is the truth encoded and decoded: what the codec "
-        f"alone costs. A peak counts as found within {evaluation['found_within_px']:.1f} px. Where a heatmap shows no peak at all, the "
-        "point is taken to stay where it last was: a lost peak cannot beat the baseline.</p>"
+        "<em>Hold first frame</em> predicts that nothing moves, <em>constant velocity</em> that the point goes on as it did over the frame "
+        "before, which no run sees, <em>nearest demonstration</em> that it goes as in the training window whose first pictures look most "
+        "alike. <em>VAE round trip</em> is the truth encoded and decoded: what the codec alone costs. A peak counts as found within "
+        f"{evaluation['found_within_px']:.1f} px. Where a heatmap shows no peak at all, the point is taken to stay where it last was: a "
+        "lost peak cannot beat the baseline.</p>"
     )
     sources = [
-        (source_name("hold"), first, "hold_first"),
+        *((source_name(short), first, long) for short, long in _BASELINES if long in evaluation["measures"]),
         *((source_name(record.label), record, "predicted") for record in records),
         (source_name("codec"), first, "codec"),
     ]
@@ -228,11 +232,19 @@ def _errors(records: Sequence[RunRecord]) -> str:
         for index, view in enumerate(evaluation["views"])
     ]
     views = _table(("peak error by view, px", *(name for name, _, _ in sources)), per_view, [""] * len(per_view), escape_head=False)
-    over_time = {"hold": evaluation["per_frame_peak_error_px"]["hold_first"]}
-    over_time |= {record.label: record.evaluation["per_frame_peak_error_px"]["predicted"] for record in records}
+    over_time = [
+        report_figures.error_over_time(
+            {short: evaluation["per_frame"][name][long] for short, long in _DRAWN_BASELINES if long in evaluation["per_frame"][name]}
+            | {record.label: record.evaluation["per_frame"][name]["predicted"] for record in records},
+            evaluation["given_frames"],
+            title,
+            unit,
+        )
+        for name, title, unit in (("peak_error_px", "Peak error by frame", "px"), ("error_3d_mm", "3-D error by frame", "mm"))
+    ]
     by_window = {"hold": [row["hold_first_peak_error_px"] for row in evaluation["windows"]]}
     by_window |= {record.label: [row["predicted_peak_error_px"] for row in record.evaluation["windows"]] for record in records}
-    plots = _plot(report_figures.error_over_time(over_time, evaluation["given_frames"])) + _plot(report_figures.error_by_window(by_window))
+    plots = "".join(_plot(figure) for figure in (*over_time, report_figures.error_by_window(by_window)))
     return f'{intro}{table}{views}<div class="figures">{plots}</div>'
 
 

@@ -1,6 +1,6 @@
 """Numbers -> figures as plain dicts that Plotly draws in the report. Colours are names of the page's CSS variables (`var:on`).
 
-A source is `off`, `on`, `hold` (the first frame held) or `truth`. Knows no files and no HTML.
+A source is `off`, `on`, `hold` (the first frame held), `nearest` (training demonstration) or `truth`. Knows no files and no HTML.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 Figure = dict[str, Any]
 Points = Sequence[tuple[float, float | None]]
 
-NAMES = {"hold": "hold first frame"}
+NAMES = {"hold": "hold first frame", "nearest": "nearest demonstration"}
 WIDTHS = {"off": 5.0}
 """Where two runs agree, the narrow line of one lies on the wide line of the other, and both are seen."""
 MARKS = {
@@ -50,13 +50,13 @@ def movement(by_run: Mapping[str, Mapping[str, float | None]], title: str, x: st
     return _figure(data, title, x, "", xaxis={"type": "log", "dtick": 1, "exponentformat": "power"}, yaxis=groups)
 
 
-def error_over_time(by_source: Mapping[str, Sequence[float | None]], given_frames: int) -> Figure:
-    """Mean peak error per frame, given frames left out."""
+def error_over_time(by_source: Mapping[str, Sequence[float | None]], given_frames: int, title: str, unit: str) -> Figure:
+    """Mean error per frame, given frames left out."""
     data = [
         _line(source, [(frame, value) for frame, value in enumerate(values) if frame >= given_frames], markers=True)
         for source, values in by_source.items()
     ]
-    return _figure(data, "Peak error by frame", "frame", "px", yaxis={"rangemode": "tozero"}, hovermode="x unified")
+    return _figure(data, title, "frame", unit, yaxis={"rangemode": "tozero"}, hovermode="x unified")
 
 
 def error_by_window(by_source: Mapping[str, Sequence[float | None]]) -> Figure:

@@ -14,7 +14,15 @@ from mvwan import pictures
 Window = Mapping[str, dict[str, np.ndarray]]
 """Run label (`off`, `on`) -> what `evaluate.load_prediction` gives for one held-out window."""
 
-SOURCE_NAMES = {"off": "switch off", "on": "switch on", "hold": "hold first frame", "codec": "VAE round trip", "truth": "truth"}
+SOURCE_NAMES = {
+    "off": "switch off",
+    "on": "switch on",
+    "hold": "hold first frame",
+    "velocity": "constant velocity",
+    "nearest": "nearest demonstration",
+    "codec": "VAE round trip",
+    "truth": "truth",
+}
 _COLOURS = {"truth": (29, 127, 209), "off": (240, 150, 50), "on": (35, 190, 175)}
 _RING = (255, 255, 255)
 _SHEET_WIDTH_PX = 840

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mvwan.evaluate import load_prediction
+from mvwan.errors import MvwanError
+from mvwan.evaluate import FORMAT_VERSION, load_prediction
 from mvwan.files import read_json, read_json_lines, read_text
 
 
@@ -33,7 +34,14 @@ class RunRecord:
 
     @cached_property
     def evaluation(self) -> dict[str, Any]:
-        return read_json(self.folder / "evaluation.json")
+        """Raises `MvwanError` for numbers of another version of the package."""
+        path = self.folder / "evaluation.json"
+        found = read_json(path)
+        if found.get("format_version") != FORMAT_VERSION:
+            raise MvwanError(
+                f"{path}: format {found.get('format_version')}, this version reads {FORMAT_VERSION}. Run `mvwan evaluate` again."
+            )
+        return found
 
     @cached_property
     def settings(self) -> str:

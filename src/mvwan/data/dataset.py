@@ -185,6 +185,13 @@ class WindowDataset:
                 "episodes; hand_qw, hand_qx, hand_qy, hand_qz in observation.state). Record it, or set model.action_head=gripper."
             )
 
+    def first_pictures(self, index: int) -> np.ndarray:
+        """[V H W 3] uint8: the plain first pictures of window `index`, without reading the others."""
+        window = self.windows[index]
+        first = Window(episode=window.episode, frames=window.frames[:1])
+        cameras = _views(window.episode, self._camera_names)
+        return resize(self._read_rgb(first, cameras), cameras, self.data.height_px, self.data.width_px)[0][:, 0]
+
     def _read_rgb(self, window: Window, cameras: Sequence[Camera]) -> np.ndarray:
         """[V F H W 3] uint8 of the chosen views, checked against the size that the cameras state."""
         order_of_episode = [camera.name for camera in window.episode.cameras]
