@@ -39,6 +39,7 @@ FLOORS: dict[float, tuple[str, ...]] = {
     5.5: ("deepspeed_engine", "sim.execution"),
     6: ("evaluate", "optimizer", "policies", "run_manifest", "strategy"),
     6.5: ("closed_loop", "run_record"),
+    6.75: ("report_rollouts",),
     7: ("report", "train"),
     8: ("bench", "cli_checkpoint", "demo"),
     9: ("cli",),

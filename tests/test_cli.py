@@ -43,7 +43,7 @@ INTERFACE = {
         *("run", "--dataset", "--windows", "--denoise-steps", "--seed", "--output", "--trials", "--task", "--layouts", "--execute"),
         *("--processes", "--videos", "--final", "--dry-run"),
     ],
-    "demo": ["--output", "--task", "--episodes", "--steps", "--windows", "--seed", "--fresh"],
+    "demo": ["--output", "--task", "--episodes", "--steps", "--windows", "--trials", "--seed", "--fresh"],
     "checkpoint inspect": ["path", "--json"],
     "checkpoint verify": ["path", "--against"],
     "checkpoint diff": ["a", "b", "--json"],

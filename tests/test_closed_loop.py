@@ -17,7 +17,6 @@ from mvwan.closed_loop import (
     plan_trials,
     render,
     run_trial,
-    success_rate,
 )
 from mvwan.data.dataset import read_episodes
 from mvwan.errors import MvwanError
@@ -66,6 +65,10 @@ def test_the_command_shows_a_rate_for_the_run_and_each_control_and_films_them(ty
     assert result["tasks"][TASK]["expert_waypoints"]["successes"] == 1
     assert result["tasks"][TASK]["hold"] == {"successes": 0, "trials": 1, "rate": 0.0, "low": 0.0, "high": pytest.approx(0.7935, abs=1e-3)}
     assert all(words in said for words in ("predicted", "expert waypoints", "replay", "hold", "1/1", "0/1"))
+    assert [(film["policy"], film["success"]) for film in result["films"]] == [
+        (policy, next(line["success"] for line in lines if line["policy"] == policy)) for policy in POLICIES
+    ]
+    assert all((folder / film["file"]).is_file() for film in result["films"])
     predicted = next(line for line in lines if line["policy"] == "predicted")
     assert predicted["plans"] >= 1 and predicted["checkpoint_step"] == 2
     films = sorted((folder / "rollouts").iterdir())
@@ -146,13 +149,6 @@ def test_a_run_is_told_what_does_not_fit_it(folder):
         plan_trials(folder, trials=1, tasks=["fly"], settings=SETTINGS)
     with pytest.raises(MvwanError, match="no widened layouts"):
         plan_trials(folder, trials=1, settings=dataclasses.replace(SETTINGS, widened=True))
-
-
-def test_intervals_are_wilsons():
-    # Wilson (1927), the worked example of Newcombe (1998): 81 of 263 gives 0.2553 to 0.3662.
-    rate = success_rate([True] * 81 + [False] * 182)
-    assert (rate["low"], rate["high"]) == (pytest.approx(0.2553, abs=5e-4), pytest.approx(0.3662, abs=5e-4))
-    assert success_rate([True] * 25)["low"] == pytest.approx(0.8668, abs=1e-3)
 
 
 def test_the_table_of_a_result_has_one_row_per_task_and_one_for_all(typed):

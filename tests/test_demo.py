@@ -19,7 +19,7 @@ from mvwan.files import write_json
 from mvwan.model.wan import TINY_FOLDER
 from tests.test_report import Page
 
-SMALLEST = ["--episodes", "2", "--steps", "2", "--windows", "1"]
+SMALLEST = ["--episodes", "2", "--steps", "2", "--windows", "1", "--trials", "1"]
 
 
 def demo(output: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -39,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_console_names_stages_tables_summary_and_report(made: tuple[Path, str]) -> None:
     output, printed = made
     stages = re.findall(r"^(\d)\. (.+?) ─", printed, re.MULTILINE)
-    assert [number for number, _ in stages] == [str(number) for number in range(1, 9)]
+    assert [number for number, _ in stages] == [str(number) for number in range(1, 11)]
     assert [name.split()[0] for _, name in stages] == [
         "Record",
         "What",
@@ -48,6 +48,8 @@ def test_console_names_stages_tables_summary_and_report(made: tuple[Path, str]) 
         "Fine-tune,",
         "Measure",
         "Measure",
+        "Let",
+        "Let",
         "Report",
     ]
     assert "Off and on, side by side" in printed
@@ -62,15 +64,17 @@ def test_report_is_whole_and_needs_no_network(made: tuple[Path, str]) -> None:
     page = Page((made[0] / "report.html").read_text(encoding="utf-8"))
     assert all(source.startswith(("data:", "#")) for source in page.sources)
     assert sum(source.startswith("data:image/webp") for source in page.sources) == 3 + 3 * 6
-    assert sum(source.startswith("data:video/mp4") for source in page.sources) == 1
+    assert sum(source.startswith("data:video/mp4") for source in page.sources) == 1 + 2 + 3
+    assert page.text.count("control steps") >= 5
     for label in ("off", "on"):
         table = json.loads((made[0] / label / "table.json").read_text())
         assert f"{table['trainable_parameters']:,}" in page.text
         for group in table["groups"]:
             assert group["name"] in page.text
             assert f"{group['parameters']:,}" in page.text
-    assert [figure["layout"]["title"]["text"] for figure in page.figures][-3:] == [
+    assert [figure["layout"]["title"]["text"] for figure in page.figures][-4:] == [
         "Peak error by frame",
+        "3-D error by frame",
         "Peak error by window",
         "Path of the tool point",
     ]

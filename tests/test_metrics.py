@@ -123,3 +123,11 @@ def test_hold_first_and_constant_velocity():
     assert bent[0, 5, 0] == 77, "the input stays as it is"
     with pytest.raises(AssertionError, match="two or more"):
         metrics.constant_velocity(line, 1, 1)
+
+
+def test_intervals_are_wilsons():
+    # Wilson (1927), the worked example of Newcombe (1998): 81 of 263 gives 0.2553 to 0.3662.
+    rate = metrics.success_rate([True] * 81 + [False] * 182)
+    assert (rate["low"], rate["high"]) == (pytest.approx(0.2553, abs=5e-4), pytest.approx(0.3662, abs=5e-4))
+    assert metrics.success_rate([True] * 25)["low"] == pytest.approx(0.8668, abs=1e-3)
+    assert metrics.rate_in_words(metrics.success_rate([True] * 21 + [False] * 4)) == "21/25, 65–94 %"

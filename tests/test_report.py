@@ -227,7 +227,7 @@ def test_figures_hold_the_numbers(page: Page) -> None:
     hold = by_title["Peak error by frame"]["data"][0]
     assert (hold["x"], hold["y"]) == ([1, 2, 3, 4], [2, 4, 6, 8])
     assert by_title["Path of the tool point"]["data"][1]["x"][2] is None
-    assert {line["line"]["color"] for line in by_title["Peak error by frame"]["data"]} == {"var:hold", "var:off", "var:on"}
+    assert {line["line"]["color"] for line in by_title["Peak error by frame"]["data"]} == {"var:hold", "var:nearest", "var:off", "var:on"}
 
 
 def test_every_colour_of_a_figure_is_in_the_style(page: Page) -> None:

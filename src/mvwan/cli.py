@@ -406,13 +406,14 @@ def demo(
     episodes: Annotated[int, typer.Option("--episodes", min=2, help="Demonstrations; a fifth is held out.")] = 10,
     steps: Annotated[int, typer.Option("--steps", min=2, help="Optimizer steps of each of the two runs.")] = 240,
     windows: Annotated[int, typer.Option("--windows", min=1, help="Held-out windows that are measured, at most.")] = 8,
+    trials: Annotated[int, typer.Option("--trials", min=0, help="Closed-loop trials of each run and control; 0: none.")] = 4,
     seed: Seed = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove what an earlier demo left in the folder first.")] = False,
 ) -> None:
-    """Record, fine-tune with the switch off and on, evaluate, and write report.html: ten minutes on two cores."""
+    """Record, fine-tune with the switch off and on, evaluate, let the arm move, and write report.html: ten minutes on two cores."""
     from mvwan.demo import run_demo
 
-    run_demo(output, task=task, episodes=episodes, steps=steps, windows=windows, seed=seed, fresh=fresh)
+    run_demo(output, task=task, episodes=episodes, steps=steps, windows=windows, trials=trials, seed=seed, fresh=fresh)
 
 
 def main() -> None:

@@ -25,13 +25,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from scipy.stats import binomtest
 
 from mvwan import pictures
 from mvwan.checkpoint import find_checkpoint, read_manifest
 from mvwan.config import Config, config_from_dict
 from mvwan.errors import MvwanError
 from mvwan.files import json_line, read_json_lines, sha256_json, write_file, write_json
+from mvwan.metrics import rate_in_words, success_rate
 from mvwan.policies import POLICIES, Demonstrations, ExpertWaypoints, Hold, Policy, PolicyName, Predicted, Replay, Seen
 from mvwan.sample import LoadedRun, load_run
 from mvwan.sim.execution import Arm, Plan
@@ -122,6 +122,12 @@ def evaluate_closed_loop(
         "trials": trials,
         "policies": list(policies),
         "tasks": _successes([lines[trial.digest] for trial in planned]),
+        "films": [
+            {name: lines[trial.digest][name] for name in ("task", "policy", "layout_seed", "success", "control_steps")}
+            | {"file": f"rollouts/{trial.film.name}"}
+            for trial in planned
+            if trial.film is not None
+        ],
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_mb": _peak_memory_mb(),
     }
@@ -358,19 +364,6 @@ def _successes(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return tasks
 
 
-def success_rate(outcomes: Sequence[bool]) -> dict[str, Any]:
-    """`successes`, `trials`, `rate` and the 95 % Wilson interval `low`, `high` of one or more outcomes."""
-    successes = sum(outcomes)
-    interval = binomtest(successes, len(outcomes)).proportion_ci(0.95, method="wilson")
-    return {
-        "successes": successes,
-        "trials": len(outcomes),
-        "rate": round(successes / len(outcomes), 4),
-        "low": round(float(interval.low), 4),
-        "high": round(float(interval.high), 4),
-    }
-
-
 def render(result: Mapping[str, Any]) -> Table:
     """A rich table of a closed-loop evaluation, for `Console.print`."""
     kind = "widened" if result["settings"]["widened"] else "stock"
@@ -380,13 +373,10 @@ def render(result: Mapping[str, Any]) -> Table:
     for policy in result["policies"]:
         table.add_column(policy.replace("_", " "), justify="right")
     for task, measured in result["tasks"].items():
-        table.add_row(task, *(cell(measured[policy]) for policy in result["policies"]), end_section=task == list(result["tasks"])[-2])
+        table.add_row(
+            task, *(rate_in_words(measured[policy]) for policy in result["policies"]), end_section=task == list(result["tasks"])[-2]
+        )
     return table
-
-
-def cell(rate: Mapping[str, Any]) -> str:
-    """One success rate in words: `21/25, 65–94 %`."""
-    return f"{rate['successes']}/{rate['trials']}, {100 * rate['low']:.0f}–{100 * rate['high']:.0f} %"
 
 
 def _peak_memory_mb() -> int:

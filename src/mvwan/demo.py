@@ -1,4 +1,4 @@
-"""The whole way in one command: record, encode, fine-tune with the switch off and on, evaluate, report.
+"""The whole way in one command: record, encode, fine-tune with the switch off and on, evaluate, let the arm move, report.
 
 Each stage leaves its mark in `stages.json` with a key of the settings it was made from. A finished stage is not repeated while its
 settings and those before it stay the same, and a training that was cut off goes on from its newest checkpoint. Knows no model and
@@ -8,6 +8,7 @@ no pixel.
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from mvwan.train import train
 _MARK = "stages.json"
 _PICTURED_WINDOWS = 2
 _DENOISE_STEPS = 5
+_CONTROL_STEPS = 200
+"""After which a trial is given up: twice what the expert needs."""
 
 
 class Stages:
@@ -89,17 +92,20 @@ def run_demo(
     episodes: int = 10,
     steps: int = 240,
     windows: int = 8,
+    trials: int = 4,
     seed: int = 0,
     fresh: bool = False,
     console: Console | None = None,
 ) -> Path:
     """The report's path, after recording `episodes` demonstrations of a Meta-World task and two fine-tunings of `steps` steps.
 
-    `windows` held-out windows are measured at most. `fresh` removes what an earlier demo left. Raises `MvwanError` when `output`
+    `windows` held-out windows are measured at most; `trials` layouts are tried in closed loop (0: none). `fresh` removes what an earlier demo left. Raises `MvwanError` when `output`
     holds something that is no demo.
     """
     output, console = Path(output), console or Console(highlight=False)
     _prepare(output, fresh)
+    from mvwan.closed_loop import TrialSettings, evaluate_closed_loop
+    from mvwan.closed_loop import render as render_trials
     from mvwan.sim.metaworld import record
     from mvwan.sim.tasks import task_name
 
@@ -135,6 +141,14 @@ def run_demo(
         stages.run(f"Measure on held-out episodes, switch {label}", settings, product, work)
         measured = read_json(product)
         console.print(render(measured))
+
+    for label in configs if trials else ():
+        trial_settings = TrialSettings(denoise_steps=_DENOISE_STEPS, seed=seed, control_steps=_CONTROL_STEPS)
+        settings = {"trials": trials, "settings": asdict(trial_settings)}
+        product = output / label / "closed_loop.json"
+        work = partial(evaluate_closed_loop, output / label, trials=trials, settings=trial_settings, progress=True)
+        stages.run(f"Let the arm move, switch {label}", settings, product, work)
+        console.print(render_trials(read_json(product)))
 
     stages.heading("Report")
     about = {"task": task, "demonstrations": episodes, "base": configs["off"].base.source, "steps of each run": steps, "seed": seed}

@@ -1,12 +1,13 @@
-"""How far a prediction is from the truth, in px, mm and dB, and the baselines that it has to beat. Knows no model and no files.
+"""How far a prediction is from the truth, in px, mm and dB, how often an arm succeeds, and baselines of numbers. Knows no model and no files.
 
 Frames that were given clean never count: `condition_frames` is their number in latent frames, as everywhere. What is averaged is
 returned as `Tally`, all values, so that windows and views are put together before means and percentiles are taken.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -106,6 +107,29 @@ def ssim(pred_rgb: np.ndarray, true_rgb: np.ndarray, condition_frames: int = 1) 
         assert isinstance(values, torch.Tensor)
         tallies.append(Tally(values=tuple(values.tolist())))
     return tuple(tallies)
+
+
+def success_rate(outcomes: Sequence[bool]) -> dict[str, Any]:
+    """`successes`, `trials`, `rate` and the 95 % Wilson interval `low`, `high` of one or more outcomes.
+
+    Source: Wilson, Probable inference, JASA 22 (1927). Needs scipy, which comes with the simulator.
+    """
+    from scipy.stats import binomtest
+
+    successes = sum(outcomes)
+    interval = binomtest(successes, len(outcomes)).proportion_ci(0.95, method="wilson")
+    return {
+        "successes": successes,
+        "trials": len(outcomes),
+        "rate": round(successes / len(outcomes), 4),
+        "low": round(float(interval.low), 4),
+        "high": round(float(interval.high), 4),
+    }
+
+
+def rate_in_words(rate: Mapping[str, Any]) -> str:
+    """A `success_rate` as people read it: `21/25, 65–94 %`."""
+    return f"{rate['successes']}/{rate['trials']}, {100 * rate['low']:.0f}–{100 * rate['high']:.0f} %"
 
 
 def hold_first(values: np.ndarray, frame_axis: int, num_given: int = 1) -> np.ndarray:

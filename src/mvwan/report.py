@@ -18,6 +18,7 @@ from mvwan.evaluate import measure_rows
 from mvwan.files import write_file
 from mvwan.model.trainable_table import human_bytes, percent
 from mvwan.report_frames import SOURCE_NAMES, Window, source_name, window_block
+from mvwan.report_rollouts import rollouts
 from mvwan.run_record import RunRecord, findings, number
 
 _BASELINES = (("hold", "hold_first"), ("velocity", "constant_velocity"), ("nearest", "nearest"))
@@ -40,6 +41,7 @@ def write_report(runs: Mapping[str, str | Path], output: str | Path, about: Mapp
         _section("losses", "Losses", _losses(records)),
         _section("errors", "Held-out predictions against the truth", _errors(records)),
         _section("pictures", "Predicted and true frames", _frames(records)),
+        _section("rollouts", "The arm moves", rollouts(records)),
         _section("settings", "Settings, seeds, versions, time", _settings(records, about or {})),
     ]
     write_file(output, _page(records, sections))

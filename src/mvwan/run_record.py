@@ -44,6 +44,12 @@ class RunRecord:
         return found
 
     @cached_property
+    def closed_loop(self) -> dict[str, Any] | None:
+        """Success in Meta-World, None when no trials were run."""
+        path = self.folder / "closed_loop.json"
+        return read_json(path) if path.is_file() else None
+
+    @cached_property
     def settings(self) -> str:
         """The resolved config as YAML text."""
         return read_text(self.folder / "config.yaml")
