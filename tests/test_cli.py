@@ -31,7 +31,7 @@ SWITCH = [
 ]
 SETTINGS = ["--preset", "--config", "--set"]
 INTERFACE = {
-    "params": ["--base", "--views", "--fusion", "--lora-rank", *SWITCH, "--json", "--markdown", "--compare"],
+    "params": ["--base", "--views", "--fusion", "--action-head", "--lora-rank", *SWITCH, "--json", "--markdown", "--compare"],
     "record": ["--output", "--task", "--episodes", "--size-px", "--seed"],
     "cache": ["--output", *SETTINGS],
     "train": ["--output", *SETTINGS, *SWITCH, "--resume", "--accept-trainable-change", "--dry-run"],
@@ -152,6 +152,13 @@ def test_params_compare_and_markdown() -> None:
     assert "mvs_norms" in plain.stdout
 
 
+def test_params_count_an_action_head() -> None:
+    plain, headed = (json.loads(run("params", "--base", "tiny", "--json", *flags).stdout) for flags in ([], ["--action-head", "gripper"]))
+    added = [group for group in headed["groups"] if group not in plain["groups"]]
+    assert [group["name"] for group in added] == ["action_head"]
+    assert headed["trainable_parameters"] - plain["trainable_parameters"] == added[0]["parameters"] > 0
+
+
 def test_lora_rank_scales_the_adapters() -> None:
     counts = []
     for rank in ("8", "16"):
@@ -233,7 +240,7 @@ def test_dry_run_prints_config_table_and_windows_and_writes_nothing(tmp_path: Pa
 def test_dry_run_says_how_the_checkpoint_to_start_from_fits(tmp_path: Path) -> None:
     golden = Path(__file__).parent / "golden"
     settings = [f"base.source={golden / 'base.safetensors'}", f"train.from_checkpoint={golden / 'trained_frozen.safetensors'}"]
-    settings += ["trainable.lora.rank=4", "model.fusion=channel"]
+    settings += ["trainable.lora.rank=4", "model.fusion=channel", "model.action_head=none"]
     command = ["train", "--output", str(tmp_path / "run"), "--dry-run", *(word for setting in settings for word in ("--set", setting))]
     assert "trained_frozen.safetensors: exact" in run(*command).stdout
     refused = run(*command, "--unfreeze_modulation_and_norms")

@@ -183,7 +183,9 @@ def _print_tables(configs: Mapping[str, Config], console: Console) -> None:
     for label, config in configs.items():
         switch = config.unfreeze_modulation_and_norms
         model, trainable = config.model, config.trainable
-        tables[label] = trainable_table(config.base.source, model.views, model.fusion, switch, trainable=trainable, train=config.train)
+        tables[label] = trainable_table(
+            config.base.source, model.views, model.fusion, switch, trainable=trainable, train=config.train, action_head=model.action_head
+        )
         console.print(tables[label].render(f"Switch {label}"))
     console.print(compare(tables["off"], tables["on"]).render("Off and on, side by side"))
 
