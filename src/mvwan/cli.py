@@ -81,6 +81,14 @@ class Fusion(StrEnum):
     view = "view"
 
 
+class ActionHead(StrEnum):
+    """What is predicted per frame beside the pictures."""
+
+    none = "none"
+    gripper = "gripper"
+    gripper_rotation = "gripper_rotation"
+
+
 Switch = Annotated[
     bool | None,
     typer.Option(
@@ -150,6 +158,9 @@ def params(
     ] = "wan2.2-ti2v-5b",
     views: Annotated[int, typer.Option("--views", min=1, help="Cameras seen together.")] = 3,
     fusion: Annotated[Fusion, typer.Option("--fusion", help="RGB and heatmap share tokens, or are streams of their own.")] = Fusion.channel,
+    action_head: Annotated[
+        ActionHead, typer.Option("--action-head", help="The gripper's opening per frame, or that and how the hand turned.")
+    ] = ActionHead.none,
     lora_rank: Annotated[int, typer.Option("--lora-rank", min=1, help="Width of the low-rank adapters.")] = 32,
     unfreeze_modulation_and_norms: Switch = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else there.")] = False,
@@ -170,7 +181,7 @@ def params(
     trainable = TrainableConfig(lora=LoraConfig(rank=lora_rank))
 
     def table(switch: bool) -> Any:
-        return surgery.trainable_table(base, views, fusion.value, switch, trainable=trainable)
+        return surgery.trainable_table(base, views, fusion.value, switch, trainable=trainable, action_head=action_head.value)
 
     shown = side_by_side(table(False), table(True)) if compare else table(bool(unfreeze_modulation_and_norms or variable))
     if as_json:
@@ -270,8 +281,11 @@ def _dry_run(config: Config, accept_trainable_change: bool) -> None:
         config.unfreeze_modulation_and_norms,
         trainable=config.trainable,
         train=config.train,
+        action_head=config.model.action_head,
     )
     datasets = _datasets(config) if config.data.root else {}
+    if datasets:
+        datasets["train"].check_actions(config.model.action_head)
     console().print(table.render())
     if config.train.from_checkpoint is not None:
         from mvwan.training_module import HeatmapWanTrainingModule

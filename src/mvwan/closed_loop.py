@@ -372,10 +372,9 @@ def render(result: Mapping[str, Any]) -> Table:
     table.add_column("task")
     for policy in result["policies"]:
         table.add_column(policy.replace("_", " "), justify="right")
+    last = list(result["tasks"])[-2]
     for task, measured in result["tasks"].items():
-        table.add_row(
-            task, *(rate_in_words(measured[policy]) for policy in result["policies"]), end_section=task == list(result["tasks"])[-2]
-        )
+        table.add_row(task, *(rate_in_words(measured[policy]) for policy in result["policies"]), end_section=task == last)
     return table
 
 

@@ -99,8 +99,8 @@ def run_demo(
 ) -> Path:
     """The report's path, after recording `episodes` demonstrations of a Meta-World task and two fine-tunings of `steps` steps.
 
-    `windows` held-out windows are measured at most; `trials` layouts are tried in closed loop (0: none). `fresh` removes what an earlier demo left. Raises `MvwanError` when `output`
-    holds something that is no demo.
+    `windows` held-out windows are measured at most; `trials` layouts are tried in closed loop (0: none). `fresh` removes what an
+    earlier demo left. Raises `MvwanError` when `output` holds something that is no demo.
     """
     output, console = Path(output), console or Console(highlight=False)
     _prepare(output, fresh)
@@ -198,7 +198,9 @@ def _print_tables(configs: Mapping[str, Config], console: Console) -> None:
     for label, config in configs.items():
         switch = config.unfreeze_modulation_and_norms
         model, trainable = config.model, config.trainable
-        tables[label] = trainable_table(config.base.source, model.views, model.fusion, switch, trainable=trainable, train=config.train)
+        tables[label] = trainable_table(
+            config.base.source, model.views, model.fusion, switch, trainable=trainable, train=config.train, action_head=model.action_head
+        )
         console.print(tables[label].render(f"Switch {label}"))
     console.print(compare(tables["off"], tables["on"]).render("Off and on, side by side"))
 
