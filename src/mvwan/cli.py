@@ -377,7 +377,10 @@ def evaluate(
         list[str] | None,
         typer.Option("--task", help="Task of the trials; repeatable. Not given: those of the demonstrations.", show_default=False),
     ] = None,
-    layouts: Annotated[Layouts, typer.Option("--layouts", help="Where objects may stand in the trials.")] = Layouts.stock,
+    layouts: Annotated[
+        Layouts | None,
+        typer.Option("--layouts", help="Where objects may stand in the trials; not given: as in the demonstrations.", show_default=False),
+    ] = None,
     execute: Annotated[int, typer.Option("--execute", min=1, help="Waypoints to follow before the run looks again.")] = 8,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Trials at the same time.")] = 2,
     videos: Annotated[int, typer.Option("--videos", min=0, help="Filmed trials per task and policy.")] = 1,
@@ -388,13 +391,15 @@ def evaluate(
 ) -> None:
     """Measure predictions on held-out windows beside baselines; with --trials also success in Meta-World beside its controls."""
     if trials:
-        from mvwan.closed_loop import TrialSettings, count_missing, evaluate_closed_loop, plan_trials
+        from mvwan.closed_loop import TrialSettings, count_missing, evaluate_closed_loop, is_widened, plan_trials
         from mvwan.closed_loop import render as render_trials
 
-        settings = TrialSettings(execute=execute, denoise_steps=denoise_steps, seed=seed, widened=layouts == "widened")
+        widened = is_widened(run) if layouts is None else layouts == "widened"
+        settings = TrialSettings(execute=execute, denoise_steps=denoise_steps, seed=seed, widened=widened)
         planned = plan_trials(run, trials=trials, tasks=task, settings=settings, final=final, videos=videos)
         named = ", ".join(dict.fromkeys(trial.task for trial in planned))
-        typer.echo(f"closed loop: {len(planned)} trials of {named}, {count_missing(planned)} of them still to run")
+        kind = "widened" if widened else "stock"
+        typer.echo(f"closed loop: {len(planned)} trials of {named} on {kind} layouts, {count_missing(planned)} of them still to run")
     if dry_run:
         return
     if windows:
