@@ -338,10 +338,13 @@ def sample(
     from mvwan.evaluate import sample_pictures, sample_window
 
     steps = {"denoise_steps": denoise_steps, "seed": seed}
+    own = {"--cameras": cameras, "--prompt": prompt, "--point": point, "--gripper-open": gripper_open, "--fps": fps}
     if not image:
-        if given := [name for name, value in (("--cameras", cameras), ("--prompt", prompt), ("--point", point)) if value is not None]:
+        if given := [name for name, value in own.items() if value is not None]:
             raise MvwanError(f"{given[0]} belongs to pictures of your own: give them with --image")
         written = sample_window(run, output, dataset=dataset, window=window, **steps)
+    elif dataset is not None or window:
+        raise MvwanError("--dataset and --window choose a held-out window: leave them out beside --image")
     elif cameras is None or prompt is None:
         raise MvwanError("--image: pictures of your own need --cameras and --prompt as well")
     else:
