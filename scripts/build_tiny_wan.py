@@ -65,10 +65,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         default=vae_stage.TAUGHT_UNTIL,
         help="share of the schedule in which the encoder is taught principal components (default %(default)s)",
     )
+    parser.add_argument(
+        "--vae-single-until", type=float, default=vae_stage.SINGLE_UNTIL, help="share of it on single frames (default %(default)s)"
+    )
     parser.add_argument("--transformer-steps", type=int, default=3000)
     parser.add_argument("--transformer-minutes", type=float, default=15)
     parser.add_argument("--transformer-learning-rate", type=float, default=6e-4)
-    parser.add_argument("--measure-videos", type=int, default=48)
+    parser.add_argument("--measure-videos", type=int, default=48, help="of each kind of camera (default %(default)s)")
     options = parser.parse_args(arguments)
     unknown = [stage for stage in options.stages if stage not in STAGES]
     if unknown:
@@ -98,7 +101,7 @@ def _vae(options: argparse.Namespace) -> None:
     folder.mkdir(exist_ok=True)
     rate = options.vae_learning_rate
     ends = options.vae_steps, options.vae_minutes
-    done = vae_stage.train(_videos(options), folder, *ends, rate, options.seed, say, options.vae_taught_until)
+    done = vae_stage.train(_videos(options), folder, *ends, rate, options.seed, say, options.vae_taught_until, options.vae_single_until)
     say(f"vae: {done}")
 
 
@@ -109,7 +112,8 @@ def _measure_vae(options: argparse.Namespace) -> None:
     vae.load_state_dict(weights.state_dict())
     codec = LatentCodec(vae, None, torch.nn.Identity(), parts.TEXT_TOKENS, digest="")
     held_out = [video for video in _videos(options) if video.held_out]
-    _, measured = quality.measure_vae(codec, quality.choose(held_out, options.measure_videos))
+    kinds = quality.kinds(held_out, options.measure_videos)
+    measured = {name: quality.measure_vae(codec, chosen)[1] for name, chosen in kinds.items()}
     done = _record_of(options.work / "vae" / "done.json")
     write_json(options.work / "vae" / "quality.json", {"vae_steps": step, "training": done, "measured": measured})
     say(f"measure-vae: step {step}, {measured}")

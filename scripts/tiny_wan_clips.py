@@ -16,7 +16,8 @@ import torch
 from mvwan import heatmaps
 from mvwan.cameras import Camera
 from mvwan.files import whole_file
-from mvwan.sim.metaworld import INSTRUCTIONS, STEPS_PER_FRAME, Simulator, random_camera, rig, rollout
+from mvwan.sim.metaworld import STEPS_PER_FRAME, Simulator, random_camera, rig, rollout
+from mvwan.sim.tasks import INSTRUCTIONS
 
 SIZE_PX = 128
 NUM_FRAMES = 13
@@ -168,10 +169,11 @@ def to_clips(pictures: np.ndarray) -> torch.Tensor:
 
 def vae_batch(videos: list[Video], num_rgb: int, num_heat: int, num_frames: int, rng: np.random.Generator) -> torch.Tensor:
     """[B 3 F H W] in -1..1: recorded RGB, moved by up to half a latent's width and mirrored now and then; after them heatmaps."""
+    intervals = [interval for interval in (1, 2, 3) if (num_frames - 1) * interval < NUM_FRAMES]
     pictures = []
     for index in range(num_rgb + num_heat):
         video = videos[rng.integers(len(videos))]
-        frames = window(video, num_frames, int(rng.choice([1, 2, 3])), rng)
+        frames = window(video, num_frames, int(rng.choice(intervals)), rng)
         if index < num_rgb:
             pictures.append(_moved(video.rgb[frames], rng))
         elif rng.random() < 0.4:

@@ -26,6 +26,9 @@ def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
+_KINDS = (("rig", True), ("random", False))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
     """Held-out videos, evenly spread."""
@@ -39,8 +42,12 @@ class Chosen:
     instructions: list[str]
 
 
-def choose(videos: list[clips.Video], num_videos: int) -> Chosen:
-    """`num_videos` of the videos, or all when there are fewer."""
+def kinds(videos: list[clips.Video], num_videos: int) -> dict[str, Chosen]:
+    """`num_videos` of each kind, or all when there are fewer: of the standard rig, where robots are filmed from, and of random cameras."""
+    return {name: _choose([video for video in videos if video.of_rig == of_rig], num_videos) for name, of_rig in _KINDS}
+
+
+def _choose(videos: list[clips.Video], num_videos: int) -> Chosen:
     chosen = [videos[index] for index in np.linspace(0, len(videos) - 1, min(num_videos, len(videos))).astype(int)]
     return Chosen(
         pictures=np.stack([video.rgb for video in chosen]),
@@ -51,11 +58,13 @@ def choose(videos: list[clips.Video], num_videos: int) -> Chosen:
 
 
 def measure(folder: str, videos: list[clips.Video], num_videos: int, seed: int) -> dict[str, Any]:
-    """Numbers with units in their names, over evenly spread held-out videos. The VAE runs in float32."""
+    """Numbers with units in their names, per kind of camera, over evenly spread held-out videos. The VAE runs in float32."""
     codec = LatentCodec.load(folder, TEXT_TOKENS)
-    chosen = choose(videos, num_videos)
-    clean, of_vae = measure_vae(codec, chosen)
-    return {**of_vae, **_measure_transformer(folder, codec, clean, chosen.pictures, chosen.instructions, seed)}
+    measured = {}
+    for name, chosen in kinds(videos, num_videos).items():
+        clean, of_vae = measure_vae(codec, chosen)
+        measured[name] = {**of_vae, **_measure_transformer(folder, codec, clean, chosen.pictures, chosen.instructions, seed)}
+    return measured
 
 
 def measure_vae(codec: LatentCodec, chosen: Chosen) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -1,8 +1,9 @@
 """Trains the tiny VAE on recorded RGB clips and JET heatmap clips, resumable.
 
-Clips of five frames, of which all are encoded and a few are decoded: neighbours resemble one another, so the time is better spent on
-more clips. Products run in bfloat16 through two-dimensional convolutions where these are sound on this machine, weights stay float32.
-The decoder's output is not clamped here: the clamp has no gradient where heatmap backgrounds sit.
+Single frames first: clips are made of them, and a step on them costs little. Then clips of five and of nine frames, of which all are
+encoded and a few are decoded: neighbours resemble one another, so the time is better spent on more clips. Products run in bfloat16
+through two-dimensional convolutions where these are sound on this machine, weights stay float32. The decoder's output is not clamped
+here: the clamp has no gradient where heatmap backgrounds sit.
 """
 
 import json
@@ -23,17 +24,13 @@ from tiny_wan_principal import Principal, principal
 
 from mvwan.files import whole_file, write_json
 
-CLIPS = 8
-HEAT_CLIPS = 2
-"""Of the clips of a step."""
-NUM_FRAMES = 5
-DECODED_FRAMES = 2
-"""The first and so many others less one: the first has latents of its own, the others share theirs."""
 BLOB_WEIGHT = 8.0
 HEAT_WEIGHT = 0.5
 ABSOLUTE_WEIGHT = 0.1
 KL_WEIGHT = 3e-5
-TAUGHT_UNTIL = 0.0
+SINGLE_UNTIL = 0.2
+"""Share of the schedule on single frames."""
+TAUGHT_UNTIL = 0.05
 """Share of the schedule in which latents are principal components, and encoder and decoder learn apart."""
 TAUGHT_NOISE = 0.05
 TEACHER_WEIGHT = 0.1
@@ -48,6 +45,22 @@ SOUND_COSINE = 0.98
 REPORT_STEPS = 25
 SAVE_STEPS = 100
 _DARK_BLUE = (-1.0, -1.0, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Of the clips of one step."""
+
+    num_rgb: int
+    num_heat: int
+    num_frames: int
+    decoded: int
+    """The first frame and so many others less one: the first has latents of its own, the others share theirs."""
+
+
+SINGLE = Shape(num_rgb=18, num_heat=6, num_frames=1, decoded=1)
+CLIPS = (Shape(num_rgb=6, num_heat=2, num_frames=5, decoded=2), Shape(num_rgb=4, num_heat=2, num_frames=9, decoded=3))
+"""Taken in turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +81,13 @@ class Batch:
         return self.pictures.transpose(1, 2)[torch.arange(len(self.kept))[:, None], self.kept].transpose(1, 2)
 
 
-def draw(videos: list[clips.Video], step: int, seed: int) -> Batch:
+def draw(videos: list[clips.Video], step: int, seed: int, shape: Shape) -> Batch:
     """The batch of one step, a pure function of its arguments. Negative steps are batches that no step sees."""
     rng = np.random.default_rng([seed, abs(step), int(step < 0)])
-    pictures = clips.vae_batch(videos, CLIPS - HEAT_CLIPS, HEAT_CLIPS, NUM_FRAMES, rng)
-    others = [1 + np.sort(rng.permutation(NUM_FRAMES - 1)[: DECODED_FRAMES - 1]) for _ in range(CLIPS)]
+    pictures = clips.vae_batch(videos, shape.num_rgb, shape.num_heat, shape.num_frames, rng)
+    others = [1 + np.sort(rng.permutation(shape.num_frames - 1)[: shape.decoded - 1]) for _ in pictures]
     kept = torch.from_numpy(np.pad(np.stack(others), ((0, 0), (1, 0))))
-    return Batch(pictures=pictures, num_heat=HEAT_CLIPS, kept=kept, noise=torch.Generator().manual_seed(seed * 1_000_003 + abs(step)))
+    return Batch(pictures=pictures, num_heat=shape.num_heat, kept=kept, noise=torch.Generator().manual_seed(seed * 1_000_003 + abs(step)))
 
 
 def loss_of(vae: PlaneVae, batch: Batch, teacher: Principal | None) -> dict[str, torch.Tensor]:
@@ -175,10 +188,12 @@ def train(
     seed: int,
     say: Callable[[str], None],
     taught_until: float = TAUGHT_UNTIL,
+    single_until: float = SINGLE_UNTIL,
 ) -> dict[str, Any]:
     """What was done; writes `vae.pt` (resumed from when there) and `vae.jsonl` in `folder`.
 
-    For the share `taught_until` of the schedule the encoder is taught principal components. Ends after `steps` steps or `minutes`
+    For the share `taught_until` of the schedule the encoder is taught principal components; for the share `single_until` clips have
+    one frame. Ends after `steps` steps or `minutes`
     minutes of processor time, whichever is first; the schedule follows the nearer of both ends.
     """
     path = folder / "vae.pt"
@@ -187,7 +202,7 @@ def train(
         training.load(path)
         say(f"vae: continue at step {training.step}, {training.seconds / 60:.1f} min")
     kept = [video for video in videos if not video.held_out]
-    dtype = sound_dtype(training.vae, lambda: draw(kept, 0, seed))
+    dtype = sound_dtype(training.vae, lambda: draw(kept, 0, seed, CLIPS[0]))
     say(f"vae: products in {dtype}")
     planes = PlaneVae(training.vae, dtype, flat=True)
     teacher = teacher_of(folder, kept, seed)
@@ -195,7 +210,8 @@ def train(
     last = time.process_time()
     while (progress := max(training.step / steps, training.seconds / 60 / minutes)) < 1:
         rate = _learning_rate(training.step, progress, peak_learning_rate)
-        reported.append(training.advance(planes, draw(kept, training.step, seed), rate, teacher if progress < taught_until else None))
+        batch = draw(kept, training.step, seed, SINGLE if progress < single_until else CLIPS[training.step % len(CLIPS)])
+        reported.append(training.advance(planes, batch, rate, teacher if progress < taught_until else None))
         now = time.process_time()
         training.seconds, last = training.seconds + now - last, now
         if training.step % REPORT_STEPS == 0:
@@ -205,14 +221,16 @@ def train(
             training.save(path)
     training.save(path)
     done = {"steps": training.step, "processor_minutes": round(training.seconds / 60, 1), "learning_rate": peak_learning_rate}
-    done["taught_until"] = taught_until
-    write_json(folder / "done.json", {**done, "products_in": str(dtype).removeprefix("torch.")})
+    shares = {"taught_until": taught_until, "single_until": single_until}
+    write_json(folder / "done.json", {**done, **shares, "products_in": str(dtype).removeprefix("torch.")})
     return done
 
 
 def teacher_of(folder: Path, videos: list[clips.Video], seed: int) -> Principal:
     """The principal components of training clips, computed once per folder."""
-    return principal(folder / "principal.pt", lambda: (draw(videos, -1 - number, seed).pictures for number in range(TEACHER_BATCHES)))
+    return principal(
+        folder / "principal.pt", lambda: (draw(videos, -1 - number, seed, CLIPS[0]).pictures for number in range(TEACHER_BATCHES))
+    )
 
 
 def _learning_rate(step: int, progress: float, peak: float) -> float:

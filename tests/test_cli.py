@@ -32,11 +32,17 @@ SWITCH = [
 SETTINGS = ["--preset", "--config", "--set"]
 INTERFACE = {
     "params": ["--base", "--views", "--fusion", "--action-head", "--lora-rank", *SWITCH, "--json", "--markdown", "--compare"],
-    "record": ["--output", "--task", "--episodes", "--size-px", "--seed"],
+    "record": ["--output", "--task", "--episodes", "--size-px", "--layouts", "--seed"],
     "cache": ["--output", *SETTINGS],
     "train": ["--output", *SETTINGS, *SWITCH, "--resume", "--accept-trainable-change", "--dry-run"],
-    "sample": ["run", "--output", "--dataset", "--window", "--denoise-steps", "--seed"],
-    "evaluate": ["run", "--dataset", "--windows", "--denoise-steps", "--seed", "--output"],
+    "sample": [
+        *("run", "--output", "--dataset", "--window", "--image", "--cameras", "--prompt", "--point", "--gripper-open", "--fps"),
+        *("--denoise-steps", "--seed"),
+    ],
+    "evaluate": [
+        *("run", "--dataset", "--windows", "--denoise-steps", "--seed", "--output", "--trials", "--task", "--layouts", "--execute"),
+        *("--processes", "--videos", "--final", "--dry-run"),
+    ],
     "demo": ["--output", "--task", "--episodes", "--steps", "--windows", "--seed", "--fresh"],
     "checkpoint inspect": ["path", "--json"],
     "checkpoint verify": ["path", "--against"],

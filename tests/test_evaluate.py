@@ -156,7 +156,7 @@ def test_no_held_out_windows_is_an_error(run: LoadedRun) -> None:
 
 def test_sample_window_writes_a_folder(folder: Path, tmp_path: Path) -> None:
     written = sample_window(folder, tmp_path / "out", denoise_steps=1)
-    assert {"prediction.json", "left.mp4", "left.png"} <= {path.name for path in written}
+    assert {"trajectory.json", "left.rgb.mp4", "left.heat.mp4", "sheet.png"} <= {path.name for path in written}
     with pytest.raises(MvwanError, match="held-out windows, 0 to 0"):
         sample_window(folder, tmp_path / "more", window=5)
     assert not (tmp_path / "more").exists()

@@ -166,7 +166,7 @@ class Prediction:
     """What the model says will happen, in pictures, pixels and metres. Frame 0 is the given one."""
 
     rgb: np.ndarray
-    """[V F H W 3] uint8."""
+    """[V F H W 3] uint8; only the given frames, when no others were asked for."""
     heat: np.ndarray
     """[V F H W] float32 in 0..1."""
     uv_px: np.ndarray
@@ -186,7 +186,7 @@ class Prediction:
 
     def check(self) -> "Prediction":
         """Itself, or `MvwanError` that names the field at fault."""
-        views, frames = self.rgb.shape[:2]
+        views, frames = self.heat.shape[:2]
         num_latent_frames(frames)
         for name, shape in (
             ("uv_px", (views, frames, 2)),
@@ -198,7 +198,9 @@ class Prediction:
         ):
             given = getattr(self, name).shape
             _require(given == shape, f"prediction: {name} is {given}, needs {shape}")
-        _require(self.heat.shape == self.rgb.shape[:-1], f"prediction: heat is {self.heat.shape}, needs {self.rgb.shape[:-1]}")
+        shown = self.rgb.shape[1] if self.rgb.ndim == 5 else 0
+        needed = (views, shown, *self.heat.shape[2:], 3)
+        _require(self.rgb.shape == needed and 0 < shown <= frames, f"prediction: rgb is {self.rgb.shape}, heat is {self.heat.shape}")
         for name, low, high in (("gripper_open", 0, 1), ("rotation_deg", -180, 180)):
             values = getattr(self, name)
             _require(not ((values < low) | (values > high)).any(), f"prediction: {name} must be in {low}..{high} or NaN")

@@ -6,6 +6,7 @@ Ctrl-C 130; anything else keeps its traceback.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from enum import StrEnum
@@ -64,6 +65,13 @@ def _everywhere(
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
     """Holds the options that belong to no verb."""
+
+
+class Layouts(StrEnum):
+    """Where the objects of a Meta-World task may stand."""
+
+    stock = "stock"
+    widened = "widened"
 
 
 class Fusion(StrEnum):
@@ -193,12 +201,15 @@ def record(
     ] = None,
     episodes: Annotated[int, typer.Option("--episodes", min=1, help="Demonstrations per task.")] = 10,
     size_px: Annotated[int, typer.Option("--size-px", help="Side of the square pictures.")] = 128,
+    layouts: Annotated[Layouts, typer.Option("--layouts", help="Where objects may stand: Meta-World's own limits, or wider ones.")] = (
+        Layouts.stock
+    ),
     seed: Seed = 0,
 ) -> None:
     """Record scripted Meta-World demonstrations from three calibrated cameras, as a LeRobot v3 dataset."""
     from mvwan.sim.metaworld import record as record_demonstrations
 
-    report = record_demonstrations(task or ["drawer-open-v3"], episodes, output, seed=seed, size_px=size_px)
+    report = record_demonstrations(task or ["drawer-open-v3"], episodes, output, seed=seed, size_px=size_px, widened=layouts == "widened")
     kept, failed = sum(report.episodes.values()), sum(report.failed.values())
     typer.echo(
         f"{report.output}: {kept} demonstrations, {report.num_frames} frames per camera, {report.seconds:.1f} s; "
@@ -295,40 +306,109 @@ def _datasets(config: Config) -> dict[str, Any]:
     return {split: WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation")}
 
 
-@app.command(epilog="Example: mvwan sample runs/first --window 0 --output predictions/first")
+@app.command(
+    epilog="Example: mvwan sample runs/first --window 0 --output predictions/first. With pictures of your own: mvwan sample runs/first "
+    "--image left.png --image right.png --image top.png --cameras cameras.json --prompt 'Open the drawer.' --point 0,0.6,0.2 --output out"
+)
 def sample(
     run: Run,
     output: Annotated[Path, typer.Option("--output", help="Folder to write to; must not exist yet.", show_default=False)],
     dataset: Dataset = None,
     window: Annotated[int, typer.Option("--window", min=0, help="Which held-out window, counted from 0.")] = 0,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", help="Your own first picture, one per camera in order; repeatable.", show_default=False)
+    ] = None,
+    cameras: Annotated[
+        Path | None, typer.Option("--cameras", help="JSON file of their cameras, as in a trajectory.json.", show_default=False)
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="What the robot shall do, for --image.", show_default=False)] = None,
+    point: Annotated[
+        str | None, typer.Option("--point", metavar="X,Y,Z", help="Where the tool point is now, metres, for --image.", show_default=False)
+    ] = None,
+    gripper_open: Annotated[
+        float | None, typer.Option("--gripper-open", min=0, max=1, help="How far the gripper is open now, for --image.", show_default=False)
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option("--fps", min=0.01, help="Predicted frames per second; not given: as in training.", show_default=False)
+    ] = None,
     denoise_steps: DenoiseSteps = 5,
     seed: Seed = 0,
 ) -> None:
-    """Predict the video after the first pictures of a held-out window: pictures, MP4 and the 3-D path beside the truth."""
-    from mvwan.evaluate import sample_window
+    """Predict what follows the first pictures of a held-out window, or your own: videos, a sheet of pictures, the 3-D path."""
+    from mvwan.evaluate import sample_pictures, sample_window
 
-    for path in sample_window(run, output, dataset=dataset, window=window, denoise_steps=denoise_steps, seed=seed):
+    steps = {"denoise_steps": denoise_steps, "seed": seed}
+    if not image:
+        if given := [name for name, value in (("--cameras", cameras), ("--prompt", prompt), ("--point", point)) if value is not None]:
+            raise MvwanError(f"{given[0]} belongs to pictures of your own: give them with --image")
+        written = sample_window(run, output, dataset=dataset, window=window, **steps)
+    elif cameras is None or prompt is None:
+        raise MvwanError("--image: pictures of your own need --cameras and --prompt as well")
+    else:
+        point_m = None if point is None else _point(point)
+        written = sample_pictures(run, output, image, cameras, prompt, point_m=point_m, gripper_open=gripper_open, fps=fps, **steps)
+    for path in written:
         typer.echo(path)
 
 
-@app.command(epilog="Example: mvwan evaluate runs/first --windows 16")
+def _point(text: str) -> list[float]:
+    """Three metres out of `x,y,z`, or `MvwanError`."""
+    try:
+        point_m = [float(part) for part in text.split(",")]
+    except ValueError:
+        point_m = []
+    if len(point_m) != 3 or not all(math.isfinite(value) for value in point_m):
+        raise MvwanError(f"--point {text!r}: three numbers in metres are needed, for example 0,0.6,0.2")
+    return point_m
+
+
+@app.command(epilog="Example: mvwan evaluate runs/first --windows 16 --trials 10")
 def evaluate(
     run: Run,
     dataset: Dataset = None,
-    windows: Annotated[int, typer.Option("--windows", min=1, help="Held-out windows at most, spread evenly.")] = 16,
+    windows: Annotated[int, typer.Option("--windows", min=0, help="Held-out windows at most, spread evenly; 0: closed loop only.")] = 16,
     denoise_steps: DenoiseSteps = 5,
     seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option("--output", help="JSON file; not given: evaluation.json in the run.", show_default=False)
     ] = None,
+    trials: Annotated[int, typer.Option("--trials", min=0, help="Closed-loop trials per task and policy; 0: none.")] = 0,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", help="Task of the trials; repeatable. Not given: those of the demonstrations.", show_default=False),
+    ] = None,
+    layouts: Annotated[Layouts, typer.Option("--layouts", help="Where objects may stand in the trials.")] = Layouts.stock,
+    execute: Annotated[int, typer.Option("--execute", min=1, help="Waypoints to follow before the run looks again.")] = 8,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Trials at the same time.")] = 2,
+    videos: Annotated[int, typer.Option("--videos", min=0, help="Filmed trials per task and policy.")] = 1,
+    final: Annotated[
+        bool, typer.Option("--final", help="Use the layouts kept for final evaluation (from 900000); not for tuning.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many trials there are and how many are still to run.")] = False,
 ) -> None:
-    """Measure predictions on held-out windows, beside the baseline that holds the first frame."""
-    from mvwan.evaluate import evaluate_prediction, render
+    """Measure predictions on held-out windows beside baselines; with --trials also success in Meta-World beside its controls."""
+    if trials:
+        from mvwan.closed_loop import TrialSettings, count_missing, evaluate_closed_loop, plan_trials
+        from mvwan.closed_loop import render as render_trials
 
-    result = evaluate_prediction(
-        run, dataset=dataset, windows=windows, denoise_steps=denoise_steps, seed=seed, output=output, progress=True
-    )
-    console().print(render(result))
+        settings = TrialSettings(execute=execute, denoise_steps=denoise_steps, seed=seed, widened=layouts == "widened")
+        planned = plan_trials(run, trials=trials, tasks=task, settings=settings, final=final, videos=videos)
+        named = ", ".join(dict.fromkeys(trial.task for trial in planned))
+        typer.echo(f"closed loop: {len(planned)} trials of {named}, {count_missing(planned)} of them still to run")
+    if dry_run:
+        return
+    if windows:
+        from mvwan.evaluate import evaluate_prediction, render
+
+        result = evaluate_prediction(
+            run, dataset=dataset, windows=windows, denoise_steps=denoise_steps, seed=seed, output=output, progress=True
+        )
+        console().print(render(result))
+    if trials:
+        measured = evaluate_closed_loop(
+            run, trials=trials, tasks=task, settings=settings, final=final, processes=processes, videos=videos, progress=True
+        )
+        console().print(render_trials(measured))
 
 
 @app.command(epilog="Example: mvwan demo --output runs/demo")

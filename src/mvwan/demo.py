@@ -100,7 +100,8 @@ def run_demo(
     """
     output, console = Path(output), console or Console(highlight=False)
     _prepare(output, fresh)
-    from mvwan.sim.metaworld import record, task_name
+    from mvwan.sim.metaworld import record
+    from mvwan.sim.tasks import task_name
 
     task = task_name(task)
     stages = Stages(output, console)

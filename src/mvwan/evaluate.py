@@ -22,7 +22,8 @@ from mvwan.data.dataset import WindowDataset, heat_video, read_episodes
 from mvwan.errors import MvwanError
 from mvwan.files import sha256_json, whole_file, write_json
 from mvwan.metrics import Tally
-from mvwan.sample import LoadedRun, load_run, predict, write_prediction
+from mvwan.prediction_files import Truth, read_cameras, read_pictures, write_prediction
+from mvwan.sample import LoadedRun, load_run, predict
 from mvwan.trajectory import lift
 
 FORMAT_VERSION = 1
@@ -63,6 +64,7 @@ def predict_sample(run: LoadedRun, sample: Sample, denoise_steps: int = 5, seed:
         steps=denoise_steps,
         seed=seed,
         point_m=sample.point_m[:given],
+        gripper_open=sample.gripper_open[:given],
         num_frames=sample.rgb.shape[1],
     )
 
@@ -293,9 +295,45 @@ def sample_window(
     sample = held_out.sample(window)
     prediction = predict_sample(loaded, sample, denoise_steps, seed)
     fps = held_out.windows[window].episode.fps / loaded.config.data.frame_interval
-    return write_prediction(
-        prediction, output, fps, true_rgb=sample.rgb, true_uv_px=np.where(sample.visible[..., None], sample.uv_px, np.nan)
+    truth = Truth(rgb=sample.rgb, uv_px=np.where(sample.visible[..., None], sample.uv_px, np.nan))
+    return write_prediction(prediction, output, fps, truth)
+
+
+def sample_pictures(
+    run: str | Path,
+    output: str | Path,
+    images: Sequence[Path],
+    cameras: Path,
+    prompt: str,
+    *,
+    point_m: Sequence[float] | None = None,
+    gripper_open: float | None = None,
+    fps: float | None = None,
+    denoise_steps: int = 5,
+    seed: int = 0,
+) -> list[Path]:
+    """The files written to the new folder `output`: what happens after the picture files `images`, one per camera of the JSON file.
+
+    `fps`: predicted frames per second, which times are counted by; None: as in the demonstrations that the run was trained on, which
+    then must be there.
+    """
+    loaded = load_run(run)
+    data = loaded.config.data
+    if fps is None:
+        if not Path(data.root).is_dir():
+            raise MvwanError(f"{data.root}: the run's demonstrations are gone, so its frame rate is not known. Give --fps.")
+        fps = read_episodes(data.root, data.cameras)[0].fps / data.frame_interval
+    prediction = predict(
+        loaded,
+        read_pictures(images),
+        prompt,
+        read_cameras(cameras),
+        steps=denoise_steps,
+        seed=seed,
+        point_m=None if point_m is None else np.array(point_m, np.float64),
+        gripper_open=gripper_open,
     )
+    return write_prediction(prediction, output, fps)
 
 
 _ROWS = (

@@ -10,6 +10,8 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mvwan import report_figures
 from mvwan.errors import MvwanError
 from mvwan.evaluate import measure_rows
@@ -17,7 +19,6 @@ from mvwan.files import write_file
 from mvwan.model.trainable_table import human_bytes, percent
 from mvwan.report_frames import SOURCE_NAMES, Window, source_name, window_block
 from mvwan.run_record import RunRecord, findings, number
-from mvwan.sample import listed
 
 _VERSIONS = ("mvwan", "torch", "diffusers", "transformers", "peft", "accelerate", "metaworld", "mujoco", "numpy")
 
@@ -249,7 +250,7 @@ def _frames(records: Sequence[RunRecord]) -> str:
 def _in_space(window: Window) -> report_figures.Figure:
     paths = {"truth": next(iter(window.values()))["true_point_m"]}
     paths |= {label: stored["predicted_point_m"] for label, stored in window.items()}
-    return report_figures.paths_in_space({source: listed(points) for source, points in paths.items()})
+    return report_figures.paths_in_space({source: _listed(points) for source, points in paths.items()})
 
 
 # ── settings and page ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -321,3 +322,10 @@ def _page(records: Sequence[RunRecord], sections: Sequence[str]) -> str:
         f"<main>{''.join(sections)}</main><footer>mvwan {_version('mvwan')}. This page needs no network.</footer>"
         f"<script>{get_plotlyjs()}</script><script>{script}</script></body></html>"
     )
+
+
+def _listed(values: np.ndarray) -> list[Any]:
+    """Nested lists for the page, None where a number is not finite."""
+    found = values.astype(object)
+    found[~np.isfinite(values)] = None
+    return found.tolist()

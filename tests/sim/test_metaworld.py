@@ -13,7 +13,6 @@ from mvwan.data.lerobot import read_lerobot
 from mvwan.errors import MvwanError
 from mvwan.sim import metaworld
 from mvwan.sim.metaworld import (
-    INSTRUCTIONS,
     RESERVED_LAYOUTS,
     SETTLE_STEPS,
     Simulator,
@@ -22,8 +21,8 @@ from mvwan.sim.metaworld import (
     record,
     rig,
     rollout,
-    task_name,
 )
+from mvwan.sim.tasks import INSTRUCTIONS, WIDENED, task_name, task_of
 
 FAST = "handle-press-v3"
 
@@ -150,6 +149,8 @@ def test_every_task_has_an_expert_and_a_sentence():
     assert len(set(INSTRUCTIONS.values())) == len(INSTRUCTIONS)
     assert all(sentence.endswith(".") and sentence[0].isupper() for sentence in INSTRUCTIONS.values())
     assert task_name("drawer-open") == task_name("drawer-open-v3") == "drawer-open-v3"
+    assert task_of("Open the drawer.") == "drawer-open-v3"
+    assert task_of("Dance.") is None
 
 
 @pytest.mark.parametrize(
@@ -212,3 +213,34 @@ def test_a_renderer_that_cannot_start_names_the_command_that_helps(settings):
     assert run.returncode == 1
     assert "MvwanError: the renderer cannot start" in last
     assert "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri" in last
+
+
+@pytest.mark.parametrize("task", sorted(WIDENED))
+def test_widened_layouts_reach_beyond_the_stock_ones_and_other_axes_stay(task):
+    stock, wide = metaworld.make_env(task)._random_reset_space, metaworld.make_env(task, widened=True)._random_reset_space
+    for axis in range(len(stock.low)):
+        if axis in WIDENED[task]:
+            assert (wide.low[axis], wide.high[axis]) == pytest.approx(WIDENED[task][axis])
+            assert wide.low[axis] < stock.low[axis] or wide.high[axis] > stock.high[axis]
+        else:
+            assert (wide.low[axis], wide.high[axis]) == (stock.low[axis], stock.high[axis])
+
+
+def test_a_widened_recording_holds_layouts_that_the_stock_one_cannot_have(tmp_path):
+    starts = {}
+    for widened in (False, True):
+        env = metaworld.make_env("button-press-topdown", widened)
+        drawn = []
+        for layout in range(20):
+            env.seed(layout)
+            env.reset()
+            drawn.append(env.obj_init_pos[0])
+        starts[widened] = np.abs(drawn).max()
+    assert starts[False] <= 0.1 < 0.2 < starts[True] <= 0.3
+    report = record("button-press-topdown", 1, tmp_path / "wide", size_px=32, progress=False, widened=True)
+    assert report.episodes == {"button-press-topdown-v3": 1}
+
+
+def test_a_task_without_widened_layouts_is_refused():
+    with pytest.raises(MvwanError, match=r"door-lock-v3.*no widened layouts.*drawer-open-v3"):
+        Simulator("door-lock", (), widened=True)

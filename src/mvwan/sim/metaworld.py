@@ -20,7 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mvwan.cameras import Camera, look_at
 from mvwan.data.lerobot import LeRobotWriter, write_dataset
-from mvwan.errors import MvwanError, nearest
+from mvwan.errors import MvwanError
+from mvwan.sim.tasks import INSTRUCTIONS, WIDENED, task_name
 
 _SYSTEM_LIBRARIES = "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri"
 
@@ -51,67 +52,7 @@ _WORKSPACE_CENTRE_M = (0.0, 0.65, 0.17)
 _OVERSAMPLING = 2
 ACTION_NAMES = ("hand_dx_cm", "hand_dy_cm", "hand_dz_cm", "grip")
 
-INSTRUCTIONS: Mapping[str, str] = {
-    "assembly-v3": "Put the ring over the peg.",
-    "basketball-v3": "Put the basketball into the hoop.",
-    "bin-picking-v3": "Move the block from one bin into the other.",
-    "box-close-v3": "Put the lid on the box.",
-    "button-press-topdown-v3": "Press the button from above.",
-    "button-press-topdown-wall-v3": "Reach over the wall and press the button from above.",
-    "button-press-v3": "Press the button.",
-    "button-press-wall-v3": "Reach over the wall and press the button.",
-    "coffee-button-v3": "Press the button of the coffee machine.",
-    "coffee-pull-v3": "Pull the mug away from the coffee machine.",
-    "coffee-push-v3": "Push the mug under the coffee machine.",
-    "dial-turn-v3": "Turn the dial.",
-    "disassemble-v3": "Lift the ring off the peg.",
-    "door-close-v3": "Close the door.",
-    "door-lock-v3": "Lock the door.",
-    "door-open-v3": "Open the door.",
-    "door-unlock-v3": "Unlock the door.",
-    "drawer-close-v3": "Close the drawer.",
-    "drawer-open-v3": "Open the drawer.",
-    "faucet-close-v3": "Close the faucet.",
-    "faucet-open-v3": "Open the faucet.",
-    "hammer-v3": "Hammer the nail into the wall.",
-    "hand-insert-v3": "Put the hand into the hole.",
-    "handle-press-side-v3": "Press the handle down from the side.",
-    "handle-press-v3": "Press the handle down.",
-    "handle-pull-side-v3": "Pull the handle up from the side.",
-    "handle-pull-v3": "Pull the handle up.",
-    "lever-pull-v3": "Pull the lever up.",
-    "peg-insert-side-v3": "Insert the peg into the hole from the side.",
-    "peg-unplug-side-v3": "Pull the peg out of the hole.",
-    "pick-out-of-hole-v3": "Lift the puck out of the hole.",
-    "pick-place-v3": "Pick up the puck and bring it to the goal.",
-    "pick-place-wall-v3": "Pick up the puck and bring it over the wall to the goal.",
-    "plate-slide-back-side-v3": "Slide the plate out of the cabinet to the side.",
-    "plate-slide-back-v3": "Slide the plate back out of the cabinet.",
-    "plate-slide-side-v3": "Slide the plate into the cabinet from the side.",
-    "plate-slide-v3": "Slide the plate into the cabinet.",
-    "push-back-v3": "Pull the block back to the goal.",
-    "push-v3": "Push the puck to the goal.",
-    "push-wall-v3": "Push the puck around the wall to the goal.",
-    "reach-v3": "Reach the goal.",
-    "reach-wall-v3": "Reach over the wall to the goal.",
-    "shelf-place-v3": "Put the block onto the shelf.",
-    "soccer-v3": "Push the ball into the net.",
-    "stick-pull-v3": "Pull the box with the stick.",
-    "stick-push-v3": "Push the box with the stick.",
-    "sweep-into-v3": "Sweep the block into the hole.",
-    "sweep-v3": "Sweep the block off the table.",
-    "window-close-v3": "Close the window.",
-    "window-open-v3": "Open the window.",
-}
 _VISIBLE_GOALS = ("reach-v3", "reach-wall-v3", "push-v3", "push-back-v3", "push-wall-v3", "pick-place-v3", "pick-place-wall-v3")
-
-
-def task_name(task: str) -> str:
-    """Meta-World's name of a task, given with or without its version: `drawer-open-v3` for `drawer-open`, or `MvwanError`."""
-    for name in (task, f"{task}-v3"):
-        if name in INSTRUCTIONS:
-            return name
-    raise MvwanError(f"task {task!r}: Meta-World has no such task.{nearest(task, INSTRUCTIONS)} All: {', '.join(sorted(INSTRUCTIONS))}")
 
 
 def pinhole(name: str, eye_m: Sequence[float], target_m: Sequence[float], up: Sequence[float], fov_deg: float, size_px: int) -> Camera:
@@ -149,13 +90,21 @@ def _check_size(size_px: int) -> None:
         raise MvwanError(f"size_px={size_px}: pictures need an even side of at least 16 px. Set size_px, for example 128.")
 
 
-def make_env(task: str) -> Any:
-    """Meta-World's environment of a task with its goal in the observation, ready for `env.seed(layout); env.reset()`."""
+def make_env(task: str, widened: bool = False) -> Any:
+    """Meta-World's environment of a task with its goal in the observation, ready for `env.seed(layout); env.reset()`.
+
+    `widened` spreads its layouts further; `MvwanError` for a task that `WIDENED` does not hold.
+    """
     name = task_name(task)
+    if widened and name not in WIDENED:
+        raise MvwanError(f"task {name}: no widened layouts are known; there are for {', '.join(sorted(WIDENED))}")
     kind: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{name}-goal-observable"]
     env = kind(seed=0)
     env._freeze_rand_vec = False
     env.seeded_rand_vec = True
+    if widened:
+        for axis, (low_m, high_m) in WIDENED[name].items():
+            env._random_reset_space.low[axis], env._random_reset_space.high[axis] = low_m, high_m
     return env
 
 
@@ -176,11 +125,11 @@ class State:
 class Simulator:
     """One task with its environment, scripted expert and renderer; a context manager. Reuse it: a renderer takes 0.3 s to make."""
 
-    def __init__(self, task: str, cameras: Sequence[Camera]) -> None:
+    def __init__(self, task: str, cameras: Sequence[Camera], widened: bool = False) -> None:
         self.task = task_name(task)
         self.instruction = INSTRUCTIONS[self.task]
         self.cameras = tuple(cameras)
-        self._env = make_env(self.task)
+        self._env = make_env(self.task, widened)
         self._expert: Any = None
         self._observation = np.zeros(0)
         self._success = False
@@ -412,12 +361,13 @@ def record(
     cameras: Sequence[Camera] | None = None,
     steps_per_frame: int = STEPS_PER_FRAME,
     progress: bool = True,
+    widened: bool = False,
 ) -> RecordReport:
     """A report of the LeRobot v3 dataset written to `output`: `episodes` successful demonstrations of each task.
 
     Layouts have the seeds `seed`, `seed + 1`, ...; one on which the expert fails is left out and counted. The same arguments give
-    the same bytes. Raises `MvwanError` for an unknown task, an output that exists, a reserved layout seed (900000 and up is for
-    final evaluation), or an expert that fails too often; nothing is written then.
+    the same bytes. `widened` layouts lie further apart. Raises `MvwanError` for an unknown task, an output that exists, a reserved
+    layout seed (900000 and up is for final evaluation), or an expert that fails too often; nothing is written then.
     """
     names = list(dict.fromkeys(task_name(task) for task in ([tasks] if isinstance(tasks, str) else tasks)))
     attempts = 3 * episodes + 10
@@ -433,7 +383,7 @@ def record(
         line = bar.add_task("recording", total=episodes * len(names))
         for name in names:
             bar.update(line, description=f"recording {name}")
-            with Simulator(name, views) as simulator:
+            with Simulator(name, views, widened) as simulator:
                 kept = 0
                 for layout_seed in range(seed, seed + attempts):
                     run = rollout(simulator, layout_seed, steps_per_frame=steps_per_frame)

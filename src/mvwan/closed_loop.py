@@ -1,0 +1,394 @@
+"""Success in Meta-World: trials of a run and of its controls in parallel processes, one JSON line each, a table, videos.
+
+    <run>/rollouts.jsonl        one line per finished trial; a restart runs only what is missing
+    <run>/closed_loop.json      successes per task and policy, with Wilson intervals
+    <run>/rollouts/*.mp4        the filmed trials
+
+A success rate stands beside its controls, since some tasks are solved by replaying a demonstration blindly. Layouts from
+`RESERVED_LAYOUTS` up are for final evaluation alone; without `final` trials use those from `FIRST_TUNING_LAYOUT`. Knows no prediction
+metric and no page.
+"""
+
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from scipy.stats import binomtest
+
+from mvwan import pictures
+from mvwan.checkpoint import find_checkpoint, read_manifest
+from mvwan.config import Config, config_from_dict
+from mvwan.errors import MvwanError
+from mvwan.files import json_line, read_json_lines, sha256_json, write_file, write_json
+from mvwan.policies import POLICIES, Demonstrations, ExpertWaypoints, Hold, Policy, PolicyName, Predicted, Replay, Seen
+from mvwan.sample import LoadedRun, load_run
+from mvwan.sim.execution import Arm, Plan
+from mvwan.sim.metaworld import CONTROL_STEPS_PER_SECOND, RESERVED_LAYOUTS, Simulator
+from mvwan.sim.tasks import WIDENED, task_name
+
+FORMAT_VERSION = 1
+FIRST_TUNING_LAYOUT = 800_000
+_FILM_EVERY = 4
+_WAYPOINT_COLOUR = (255, 230, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSettings:
+    """How trials are run. Whatever changes a trial's outcome is a field here or of `Trial`."""
+
+    execute: int = 8
+    """Waypoints of a prediction that are followed before the run looks again."""
+    denoise_steps: int = 5
+    seed: int = 0
+    """Of the predictions' noise and of the choice of replayed demonstrations."""
+    control_steps: int = 500
+    """A trial without success ends after so many; Meta-World's own limit."""
+    widened: bool = False
+    """Layouts further apart than Meta-World's."""
+
+    def check(self, run: Config) -> "TrialSettings":
+        """Itself, or `MvwanError` that names the field at fault."""
+        most = run.data.num_frames - 1
+        if not 1 <= self.execute <= most:
+            raise MvwanError(f"--execute {self.execute}: the run predicts {most} later frames; choose 1 to {most}")
+        if self.denoise_steps < 1 or self.control_steps < 1:
+            raise MvwanError(
+                f"denoise_steps={self.denoise_steps}, control_steps={self.control_steps}: at least 1 each. Five denoising steps are usual."
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One attempt."""
+
+    run: Path
+    """Folder of the run."""
+    task: str
+    layout_seed: int
+    policy: PolicyName
+    settings: TrialSettings
+    film: Path | None
+    """Where its video goes, None: it is not filmed."""
+    digest: str
+    """Of all that its outcome depends on."""
+
+
+def evaluate_closed_loop(
+    run: str | Path,
+    *,
+    trials: int = 25,
+    tasks: Sequence[str] | None = None,
+    policies: Sequence[PolicyName] = POLICIES,
+    settings: TrialSettings | None = None,
+    final: bool = False,
+    processes: int = 2,
+    videos: int = 1,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Successes per task and policy as plain dicts, also written to `closed_loop.json` in the run's folder.
+
+    `trials` layouts of each task (None: the tasks of the run's demonstrations), the same for every policy; `final` takes the reserved
+    ones. Finished trials are kept in `rollouts.jsonl` and not repeated. The first `videos` trials of each task and policy are filmed.
+    Raises `MvwanError` for a run that knows none of Meta-World's tasks, or settings that do not fit it.
+    """
+    started = time.monotonic()
+    settings = settings or TrialSettings()
+    planned = plan_trials(run, trials=trials, tasks=tasks, policies=policies, settings=settings, final=final, videos=videos)
+    path = planned[0].run / "rollouts.jsonl"
+    lines = {line["digest"]: line for line in read_json_lines(path)}
+    missing = [trial for trial in planned if _is_missing(trial, lines)]
+    if missing:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # What a killed writer left of a line goes before another is appended.
+        write_file(path, "".join(json_line(line) for line in lines.values()))
+        lines |= {line["digest"]: line for line in _run_all(missing, path, processes, progress)}
+    result = {
+        "format_version": FORMAT_VERSION,
+        "settings": asdict(settings),
+        "final": final,
+        "trials": trials,
+        "policies": list(policies),
+        "tasks": _successes([lines[trial.digest] for trial in planned]),
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_memory_mb": _peak_memory_mb(),
+    }
+    write_json(planned[0].run / "closed_loop.json", result)
+    return result
+
+
+def plan_trials(
+    run: str | Path,
+    *,
+    trials: int,
+    tasks: Sequence[str] | None = None,
+    policies: Sequence[PolicyName] = POLICIES,
+    settings: TrialSettings,
+    final: bool = False,
+    videos: int = 0,
+) -> list[Trial]:
+    """The trials, task by task. Raises `MvwanError` as `evaluate_closed_loop` does; runs nothing."""
+    checkpoint = find_checkpoint(run)
+    if checkpoint.is_file():
+        raise MvwanError(
+            f"checkpoint {run}: a file of the older system does not know its demonstrations and settings. Give a run's folder."
+        )
+    manifest = read_manifest(checkpoint)
+    config = config_from_dict(manifest["config"], f"checkpoint {checkpoint}: config")
+    settings.check(config)
+    if trials < 1:
+        raise MvwanError(f"--trials {trials}: at least one layout per task")
+    if trials > RESERVED_LAYOUTS - FIRST_TUNING_LAYOUT:
+        raise MvwanError(f"--trials {trials}: at most {RESERVED_LAYOUTS - FIRST_TUNING_LAYOUT}")
+    names = [task_name(task) for task in tasks] if tasks else list(_demonstrations(config).tasks)
+    if not names:
+        raise MvwanError(f"{config.data.root}: no demonstration has the instruction of a Meta-World task. Name tasks with --tasks.")
+    folder, first = checkpoint.parents[1], RESERVED_LAYOUTS if final else FIRST_TUNING_LAYOUT
+    planned = []
+    for task in dict.fromkeys(names):
+        if settings.widened and task not in WIDENED:
+            raise MvwanError(f"task {task}: no widened layouts are known; there are for {', '.join(sorted(WIDENED))}")
+        for policy in policies:
+            for number in range(trials):
+                kind = "widened" if settings.widened else "stock"
+                name = f"{task}-{kind}-{first + number}-{policy}.mp4"
+                planned.append(
+                    Trial(
+                        run=folder,
+                        task=task,
+                        layout_seed=first + number,
+                        policy=policy,
+                        settings=settings,
+                        film=folder / "rollouts" / name if number < videos else None,
+                        digest=_digest(task, first + number, policy, settings, config, manifest),
+                    )
+                )
+    return planned
+
+
+def count_missing(planned: Sequence[Trial]) -> int:
+    """How many of the trials have not been run yet."""
+    lines = {line["digest"]: line for line in read_json_lines(planned[0].run / "rollouts.jsonl")}
+    return sum(_is_missing(trial, lines) for trial in planned)
+
+
+def _is_missing(trial: Trial, lines: Mapping[str, Any]) -> bool:
+    return trial.digest not in lines or (trial.film is not None and not trial.film.is_file())
+
+
+def _digest(task: str, layout_seed: int, policy: PolicyName, settings: TrialSettings, config: Config, manifest: Mapping[str, Any]) -> str:
+    """64 hex digits over what decides the trial's outcome."""
+    wanted: dict[str, Any] = asdict(settings)
+    groups = {name: group["digest"] for name, group in manifest["groups"].items() if "digest" in group}
+    if policy == "predicted":
+        wanted["weights"] = [groups, manifest["step"], manifest["base"]]
+    else:
+        del wanted["execute"], wanted["denoise_steps"]
+    if policy in ("replay", "predicted"):
+        wanted["data"] = [config.data.root, config.data.frame_interval, config.seed, config.data.validation_share]
+    return sha256_json([FORMAT_VERSION, task, layout_seed, policy, wanted])
+
+
+def _demonstrations(config: Config) -> Demonstrations:
+    data = config.data
+    return Demonstrations(root=data.root, cameras=data.cameras, seed=config.seed, validation_share=data.validation_share)
+
+
+def _run_all(missing: Sequence[Trial], path: Path, processes: int, progress: bool) -> list[dict[str, Any]]:
+    """The lines of the trials, each appended to `path` as soon as it is there."""
+    done: list[dict[str, Any]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    context = multiprocessing.get_context("spawn")
+    workers = max(1, min(processes, len(missing)))
+    with (
+        Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bar,
+        path.open("a") as log,
+        ProcessPoolExecutor(workers, context, initializer=_begin_worker) as pool,
+    ):
+        line_of_bar = bar.add_task("trials", total=len(missing))
+        futures = [pool.submit(run_trial, trial) for trial in missing]
+        try:
+            for future in as_completed(futures):
+                line = future.result()
+                log.write(json_line(line))
+                log.flush()
+                os.fsync(log.fileno())
+                done.append(line)
+                bar.advance(line_of_bar)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return done
+
+
+def _begin_worker() -> None:
+    """One thread each: several processes share the machine."""
+    torch.set_num_threads(1)
+
+
+def run_trial(trial: Trial) -> dict[str, Any]:
+    """What happened, ready for a JSON line; the same trial always gives the same but for `seconds`."""
+    started = time.monotonic()
+    config, demonstrations = _source(trial.run)
+    policy = _policy(trial, config, demonstrations)
+    simulator = _simulator(trial.run, trial.task, trial.settings.widened)
+    simulator.reset(trial.layout_seed)
+    policy.begin(trial.task, trial.layout_seed, trial.settings.widened)
+    film = _Film(simulator) if trial.film is not None else None
+    arm = Arm(simulator, trial.settings.control_steps, watch=film)
+    plans = 0
+    while not arm.is_done:
+        rgb = simulator.render() if policy.looks else np.zeros((0, 0, 0, 3), np.uint8)
+        seen = Seen(rgb=rgb, cameras=simulator.cameras, state=simulator.state, instruction=simulator.instruction)
+        plan = policy.plan(seen)
+        plans += 1
+        if film is not None:
+            film.plan = plan
+        arm.follow(plan)
+        if plan.is_whole or not len(plan.point_m):
+            break
+    if film is not None and trial.film is not None:
+        trial.film.parent.mkdir(parents=True, exist_ok=True)
+        write_file(trial.film, film.mp4())
+    line = {
+        "task": trial.task,
+        "layout_seed": trial.layout_seed,
+        "layouts": "widened" if trial.settings.widened else "stock",
+        "policy": trial.policy,
+        "success": arm.succeeded,
+        "control_steps": arm.num_steps,
+        "plans": plans,
+        "final_point_m": [round(float(value), 6) for value in simulator.state.point_m],
+    }
+    if isinstance(policy, Predicted):
+        residual = np.array(policy.residual_px)
+        line |= {
+            "checkpoint_step": _loaded(trial.run).step,
+            "waypoints_lost": policy.num_lost,
+            "residual_px": {"mean": float(residual.mean()), "largest": float(residual.max())} if len(residual) else None,
+        }
+    return line | {"seconds": round(time.monotonic() - started, 2), "digest": trial.digest}
+
+
+def _policy(trial: Trial, config: Config, demonstrations: Demonstrations) -> Policy:
+    settings = trial.settings
+    stride = demonstrations.control_steps_per_frame * config.data.frame_interval
+    match trial.policy:
+        case "predicted":
+            return Predicted(_loaded(trial.run), stride, settings.execute, settings.denoise_steps, settings.seed)
+        case "expert_waypoints":
+            return ExpertWaypoints(stride)
+        case "replay":
+            return Replay(demonstrations.training, stride, settings.seed)
+        case "hold":
+            return Hold()
+
+
+# What a worker keeps between trials: they come task by task.
+
+
+@lru_cache(maxsize=1)
+def _source(run: Path) -> tuple[Config, Demonstrations]:
+    checkpoint = find_checkpoint(run)
+    config = config_from_dict(read_manifest(checkpoint)["config"], f"checkpoint {checkpoint}: config")
+    return config, _demonstrations(config)
+
+
+@lru_cache(maxsize=1)
+def _loaded(run: Path) -> LoadedRun:
+    return load_run(run)
+
+
+@lru_cache(maxsize=1)
+def _simulator(run: Path, task: str, widened: bool) -> Simulator:
+    """Seen by the cameras that the run was trained on, at the size of its pictures."""
+    config, demonstrations = _source(run)
+    recorded = {camera.name: camera for camera in demonstrations.training[0].cameras}
+    size = config.data.width_px, config.data.height_px
+    chosen = [recorded[name] for name in config.data.cameras or recorded]
+    cameras = [camera.of_box((0, 0, camera.width_px, camera.height_px), *size) for camera in chosen]
+    return Simulator(task, cameras, widened)
+
+
+class _Film:
+    """Watches a trial: every few control steps all views side by side, the plan's waypoints marked."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        self.plan: Plan | None = None
+        self._frames: list[np.ndarray] = []
+        self._steps = 0
+        self(simulator)
+
+    def __call__(self, simulator: Simulator) -> None:
+        if self._steps % _FILM_EVERY == 0:
+            views = []
+            for picture, camera in zip(simulator.render(), simulator.cameras, strict=True):
+                large = pictures.enlarge(picture, 2)
+                if self.plan is not None:
+                    large = pictures.mark_points(large, 2 * camera.project(self.plan.point_m)[0], _WAYPOINT_COLOUR)
+                views.append(large)
+            self._frames.append(np.concatenate(views, axis=1))
+        self._steps += 1
+
+    def mp4(self) -> bytes:
+        return pictures.mp4(np.stack(self._frames), CONTROL_STEPS_PER_SECOND / _FILM_EVERY)
+
+
+def _successes(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Task -> policy -> successes, trials and the Wilson interval of the rate; `all` holds the sums over tasks."""
+    tasks: dict[str, dict[str, Any]] = {}
+    for name in [*dict.fromkeys(line["task"] for line in lines), "all"]:
+        of_task = [line for line in lines if name in (line["task"], "all")]
+        tasks[name] = {
+            policy: success_rate([line["success"] for line in of_task if line["policy"] == policy])
+            for policy in dict.fromkeys(line["policy"] for line in of_task)
+        }
+    return tasks
+
+
+def success_rate(outcomes: Sequence[bool]) -> dict[str, Any]:
+    """`successes`, `trials`, `rate` and the 95 % Wilson interval `low`, `high` of one or more outcomes."""
+    successes = sum(outcomes)
+    interval = binomtest(successes, len(outcomes)).proportion_ci(0.95, method="wilson")
+    return {
+        "successes": successes,
+        "trials": len(outcomes),
+        "rate": round(successes / len(outcomes), 4),
+        "low": round(float(interval.low), 4),
+        "high": round(float(interval.high), 4),
+    }
+
+
+def render(result: Mapping[str, Any]) -> Table:
+    """A rich table of a closed-loop evaluation, for `Console.print`."""
+    kind = "widened" if result["settings"]["widened"] else "stock"
+    seeds = "reserved layouts (final)" if result["final"] else "tuning layouts"
+    table = Table(title=f"Closed loop: successes of {result['trials']} trials, {kind} {seeds}, 95 % intervals", title_justify="left")
+    table.add_column("task")
+    for policy in result["policies"]:
+        table.add_column(policy.replace("_", " "), justify="right")
+    for task, measured in result["tasks"].items():
+        table.add_row(task, *(cell(measured[policy]) for policy in result["policies"]), end_section=task == list(result["tasks"])[-2])
+    return table
+
+
+def cell(rate: Mapping[str, Any]) -> str:
+    """One success rate in words: `21/25, 65–94 %`."""
+    return f"{rate['successes']}/{rate['trials']}, {100 * rate['low']:.0f}–{100 * rate['high']:.0f} %"
+
+
+def _peak_memory_mb() -> int:
+    """Of the largest process so far, this one or a worker."""
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) // 1024

@@ -1,0 +1,161 @@
+"""Trials of a real run in the real simulator, through the command a user types: repeatable, resumable, beside their controls."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+
+from mvwan.closed_loop import (
+    FIRST_TUNING_LAYOUT,
+    TrialSettings,
+    count_missing,
+    evaluate_closed_loop,
+    plan_trials,
+    render,
+    run_trial,
+    success_rate,
+)
+from mvwan.data.dataset import read_episodes
+from mvwan.errors import MvwanError
+from mvwan.files import read_json, read_json_lines
+from mvwan.policies import POLICIES, Demonstrations, Replay, Seen
+from mvwan.presets import config_from_preset
+from mvwan.sim.execution import Arm
+from mvwan.sim.metaworld import RESERVED_LAYOUTS, Simulator, record
+from mvwan.train import train
+
+TASK = "handle-press-v3"
+SETTINGS = TrialSettings(execute=4, denoise_steps=1, control_steps=40)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run: two steps of the preset `debug` on three demonstrations."""
+    work = tmp_path_factory.mktemp("closed_loop")
+    record(TASK, 3, work / "data", seed=11, size_px=64, progress=False)
+    settings = {"data": {"root": str(work / "data")}, "train": {"tracker": "none"}}
+    train(config_from_preset("debug", settings), work / "run")
+    return work / "run"
+
+
+@pytest.fixture(scope="module")
+def typed(folder: Path) -> tuple[str, dict, list[dict]]:
+    """What the command line says and writes."""
+    command = [sys.executable, "-m", "mvwan", "evaluate", str(folder), "--windows", "0", "--trials", "1", "--execute", "4"]
+    run = subprocess.run(
+        [*command, "--denoise-steps", "1", "--processes", "2"], capture_output=True, text=True, check=True, env=_wide_terminal()
+    )
+    return run.stdout, read_json(folder / "closed_loop.json"), read_json_lines(folder / "rollouts.jsonl")
+
+
+def _wide_terminal() -> dict[str, str]:
+    import os
+
+    return os.environ | {"COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+
+
+def test_the_command_shows_a_rate_for_the_run_and_each_control_and_films_them(typed, folder):
+    said, result, lines = typed
+    assert "4 trials of handle-press-v3, 4 of them still to run" in said
+    assert {line["policy"]: line["layout_seed"] for line in lines} == dict.fromkeys(POLICIES, FIRST_TUNING_LAYOUT)
+    assert set(result["tasks"]) == {TASK, "all"} and set(result["tasks"][TASK]) == set(POLICIES)
+    assert result["tasks"][TASK]["expert_waypoints"]["successes"] == 1
+    assert result["tasks"][TASK]["hold"] == {"successes": 0, "trials": 1, "rate": 0.0, "low": 0.0, "high": pytest.approx(0.7935, abs=1e-3)}
+    assert all(words in said for words in ("predicted", "expert waypoints", "replay", "hold", "1/1", "0/1"))
+    predicted = next(line for line in lines if line["policy"] == "predicted")
+    assert predicted["plans"] >= 1 and predicted["checkpoint_step"] == 2
+    films = sorted((folder / "rollouts").iterdir())
+    assert [film.name for film in films] == [f"{TASK}-stock-{FIRST_TUNING_LAYOUT}-{policy}.mp4" for policy in sorted(POLICIES)]
+    with av.open(str(films[0])) as container:
+        frames = sum(1 for _ in container.decode(video=0))
+    steps = next(line["control_steps"] for line in lines if line["policy"] == sorted(POLICIES)[0])
+    assert frames == 1 + steps // 4
+
+
+def test_a_trial_is_the_same_bit_for_bit_in_another_process(typed, folder):
+    _, _, lines = typed
+    settings = TrialSettings(execute=4, denoise_steps=1)
+    for trial in plan_trials(folder, trials=1, settings=settings):
+        again = run_trial(trial)
+        before = next(line for line in lines if line["digest"] == trial.digest)
+        assert {**again, "seconds": 0} == {**before, "seconds": 0}
+
+
+def test_finished_trials_are_kept_half_a_line_is_not_and_settings_tell_trials_apart(folder):
+    policies = ("hold", "replay")
+    evaluate_closed_loop(folder, trials=2, policies=policies, settings=SETTINGS, processes=1, videos=0)
+    path = folder / "rollouts.jsonl"
+    whole = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(whole[:-1]) + whole[-1][: len(whole[-1]) // 2])
+    planned = plan_trials(folder, trials=2, policies=policies, settings=SETTINGS)
+    assert count_missing(planned) == 1
+    evaluate_closed_loop(folder, trials=2, policies=policies, settings=SETTINGS, processes=1, videos=0)
+    again = path.read_text().splitlines(keepends=True)
+    assert again[:-1] == whole[:-1]
+    assert {**json.loads(again[-1]), "seconds": 0} == {**json.loads(whole[-1]), "seconds": 0}
+    assert count_missing(planned) == 0
+    longer = dataclasses.replace(SETTINGS, control_steps=41)
+    assert count_missing(plan_trials(folder, trials=2, policies=policies, settings=longer)) == 4
+    # Controls do not look, so how often a run looks is no part of them.
+    other = dataclasses.replace(SETTINGS, execute=2)
+    assert count_missing(plan_trials(folder, trials=2, policies=policies, settings=other)) == 0
+    assert count_missing(plan_trials(folder, trials=2, policies=("predicted",), settings=other)) == 2
+
+
+def test_final_layouts_are_the_reserved_ones_and_no_others_ever_are(folder):
+    seeds = {
+        final: [trial.layout_seed for trial in plan_trials(folder, trials=3, settings=SETTINGS, final=final)] for final in (False, True)
+    }
+    assert min(seeds[True]) == RESERVED_LAYOUTS
+    assert max(seeds[False]) < RESERVED_LAYOUTS
+    with pytest.raises(MvwanError, match="at most 100000"):
+        plan_trials(folder, trials=100_001, settings=SETTINGS)
+
+
+def test_replay_follows_a_training_demonstration_and_solves_its_own_layout(folder):
+    config = config_from_preset("debug", {"data": {"root": str(folder.parent / "data")}})
+    known = Demonstrations(root=config.data.root, cameras=None, seed=config.seed, validation_share=config.data.validation_share)
+    assert known.tasks == (TASK,) and known.control_steps_per_frame == 2
+    assert len(known.training) == 2 < len(read_episodes(config.data.root))
+    demonstration = known.training[0]
+    with Simulator(TASK, ()) as simulator:
+        simulator.reset(int(demonstration.name.split("/")[1]))
+        policy = Replay([demonstration], 4, seed=0)
+        policy.begin(TASK, 0, widened=False)
+        arm = Arm(simulator, 500)
+        plan = policy.plan(Seen(rgb=simulator.render(), cameras=(), state=simulator.state, instruction=simulator.instruction))
+        assert plan.is_whole and (plan.point_m[-1] == demonstration.point_m[-1]).all()
+        arm.follow(plan)
+        assert arm.succeeded
+    with pytest.raises(MvwanError, match="door-open-v3: the run has no training demonstration"):
+        policy.begin("door-open-v3", 0, widened=False)
+
+
+def test_a_run_is_told_what_does_not_fit_it(folder):
+    for settings, message in (
+        (TrialSettings(execute=13), "--execute 13: the run predicts 4 later frames"),
+        (dataclasses.replace(SETTINGS, denoise_steps=0), "denoise_steps=0"),
+    ):
+        with pytest.raises(MvwanError, match=message):
+            plan_trials(folder, trials=1, settings=settings)
+    with pytest.raises(MvwanError, match="no such task"):
+        plan_trials(folder, trials=1, tasks=["fly"], settings=SETTINGS)
+    with pytest.raises(MvwanError, match="no widened layouts"):
+        plan_trials(folder, trials=1, settings=dataclasses.replace(SETTINGS, widened=True))
+
+
+def test_intervals_are_wilsons():
+    # Wilson (1927), the worked example of Newcombe (1998): 81 of 263 gives 0.2553 to 0.3662.
+    rate = success_rate([True] * 81 + [False] * 182)
+    assert (rate["low"], rate["high"]) == (pytest.approx(0.2553, abs=5e-4), pytest.approx(0.3662, abs=5e-4))
+    assert success_rate([True] * 25)["low"] == pytest.approx(0.8668, abs=1e-3)
+
+
+def test_the_table_of_a_result_has_one_row_per_task_and_one_for_all(typed):
+    _, result, _ = typed
+    table = render(result)
+    assert (table.row_count, len(table.columns)) == (2, 1 + len(POLICIES))

@@ -1,0 +1,137 @@
+"""The files of a prediction hold what it says, through the command a user types; pictures of one's own give the same as a window's."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvwan.batch import Prediction
+from mvwan.cameras import Camera
+from mvwan.errors import MvwanError
+from mvwan.evaluate import held_out_windows
+from mvwan.heatmaps import peak, render
+from mvwan.metrics import hold_first
+from mvwan.prediction_files import PREDICTED_COLOUR, TRUE_COLOUR, Truth, read_cameras, read_pictures, sheet, trajectory, write_prediction
+from mvwan.presets import config_from_preset
+from mvwan.sample import load_run
+from mvwan.train import train
+from mvwan.trajectory import lift
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run of two steps."""
+    output = tmp_path_factory.mktemp("runs") / "debug"
+    settings = {"data": {"root": str(tiny_demonstrations), "heatmap_sigma_px": 2.0}, "train": {"tracker": "none"}}
+    train(config_from_preset("debug", settings), output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def window(folder: Path):
+    return held_out_windows(load_run(folder)).sample(0)
+
+
+@pytest.fixture(scope="module")
+def prediction(window) -> Prediction:
+    """The first frame held, its point lost in one view of the last frame."""
+    views, frames, height, width = window.rgb.shape[:4]
+    uv_px = hold_first(window.uv_px, 1)
+    visible = np.ones((views, frames), bool)
+    visible[0, -1] = False
+    heat = render(uv_px, visible, height, width, 2.0)
+    found, confidence = peak(heat)
+    point_m, residual_px = lift(found, confidence, window.cameras)
+    return Prediction(
+        rgb=hold_first(window.rgb, 1),
+        heat=heat,
+        uv_px=found,
+        confidence=confidence,
+        point_m=point_m,
+        residual_px=residual_px,
+        gripper_open=np.linspace(0, 1, frames, dtype=np.float32),
+        rotation_deg=np.full((frames, 3), np.nan, np.float32),
+        cameras=window.cameras,
+        prompt="move the ball",
+    ).check()
+
+
+def test_a_folder_holds_a_video_per_view_and_stream_the_path_and_a_sheet(prediction, window, tmp_path) -> None:
+    written = write_prediction(prediction, tmp_path / "out", 5.0, Truth(rgb=window.rgb, uv_px=window.uv_px))
+    videos = {f"{view}.{stream}.mp4" for view in ("left", "right", "front") for stream in ("rgb", "heat")}
+    assert {path.name for path in written} == {"trajectory.json", "sheet.png", *videos}
+    for name in videos:
+        with av.open(tmp_path / "out" / name) as video:
+            frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+            assert (len(frames), frames[0].shape, float(video.streams.video[0].average_rate)) == (5, (64, 64, 3), 5.0)
+    with pytest.raises(MvwanError, match="exists already"):
+        write_prediction(prediction, tmp_path / "out", 5.0)
+
+
+def test_the_path_tells_every_frame_in_metres_pixels_and_seconds_and_none_where_nothing_is_known(prediction, window) -> None:
+    path = json.loads(json.dumps(trajectory(prediction, 5.0), allow_nan=False))
+    assert (path["format_version"], path["prompt"], path["fps"], len(path["frames"])) == (1, "move the ball", 5.0, 5)
+    assert [frame["time_s"] for frame in path["frames"]] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    last = path["frames"][-1]
+    assert last["point_m"] == pytest.approx(window.point_m[0], abs=0.01)
+    assert last["gripper_open"] == 1 and last["rotation_deg"] is None and last["residual_px"] < 0.2
+    assert last["views"]["left"] == {"uv_px": None, "confidence": 0.0}
+    assert last["views"]["right"]["uv_px"] == pytest.approx(window.uv_px[1, 0], abs=0.1)
+    assert all(Camera.from_dict(told).name == camera.name for told, camera in zip(path["cameras"], window.cameras, strict=True))
+
+
+def test_the_sheet_marks_true_and_predicted_peaks_where_they_are(prediction, window) -> None:
+    plain, compared = sheet(prediction, 5.0), sheet(prediction, 5.0, Truth(rgb=window.rgb, uv_px=window.uv_px))
+    assert compared.shape[0] > plain.shape[0] and compared.shape[1] == plain.shape[1] > 5 * 192
+    # Row 0, column 0 of the table with truth: the given frame of the left view, three times as large, under two lines of words.
+    cell = compared[40 : 40 + 192, 96 : 96 + 192]
+    for colour in (PREDICTED_COLOUR, TRUE_COLOUR):
+        marked = np.argwhere((np.abs(cell.astype(int) - colour) < 30).all(axis=-1))
+        assert marked.mean(axis=0)[::-1] == pytest.approx(3 * window.uv_px[0, 0], abs=3)
+
+
+def test_pictures_of_ones_own_give_what_their_window_gives(folder: Path, window, tmp_path: Path) -> None:
+    paths = []
+    for camera, picture in zip(window.cameras, window.rgb[:, 0], strict=True):
+        paths.append(tmp_path / f"{camera.name}.png")
+        Image.fromarray(picture).save(paths[-1])
+    (tmp_path / "cameras.json").write_text(json.dumps([camera.to_dict() for camera in window.cameras]))
+    own = [word for path in paths for word in ("--image", str(path))]
+    own += ["--cameras", str(tmp_path / "cameras.json"), "--prompt", window.instruction]
+    own += ["--point", ",".join(str(value) for value in window.point_m[0]), "--gripper-open", "1"]
+    outputs = {}
+    for name, words in (("own", own), ("window", [])):
+        command = [sys.executable, "-m", "mvwan", "sample", str(folder), "--denoise-steps", "1", "--output", str(tmp_path / name)]
+        said = subprocess.run([*command, *words], capture_output=True, text=True, check=True).stdout
+        assert str(tmp_path / name / "sheet.png") in said
+        outputs[name] = json.loads((tmp_path / name / "trajectory.json").read_text())
+    assert outputs["own"]["frames"] == outputs["window"]["frames"]
+    # A trajectory.json gives its cameras to the next prediction.
+    assert [camera.name for camera in read_cameras(tmp_path / "own" / "trajectory.json")] == ["left", "right", "front"]
+
+
+def test_pictures_and_cameras_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no")
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    Image.new("RGB", (32, 64)).save(tmp_path / "b.png")
+    (tmp_path / "cameras.json").write_text('{"views": []}')
+    with pytest.raises(MvwanError, match=r"notes\.txt: not a picture"):
+        read_pictures([tmp_path / "notes.txt"])
+    with pytest.raises(MvwanError, match="different sizes"):
+        read_pictures([tmp_path / "a.png", tmp_path / "b.png"])
+    with pytest.raises(MvwanError, match="needed is a list of cameras"):
+        read_cameras(tmp_path / "cameras.json")
+    for words, message in (
+        (["--image", str(tmp_path / "a.png")], "need --cameras and --prompt"),
+        (["--prompt", "go"], "give them with --image"),
+        (["--image", "a.png", "--cameras", "c.json", "--prompt", "go", "--point", "1,2"], "three numbers in metres"),
+    ):
+        command = [sys.executable, "-m", "mvwan", "sample", str(folder), "--output", str(tmp_path / "out"), *words]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 2 and message in run.stderr, run.stderr
+    assert not (tmp_path / "out").exists()
