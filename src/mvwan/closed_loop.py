@@ -29,7 +29,6 @@ from rich.table import Table
 from mvwan import pictures
 from mvwan.checkpoint import find_checkpoint, read_manifest
 from mvwan.config import Config, config_from_dict
-from mvwan.data.transforms import resize
 from mvwan.errors import MvwanError
 from mvwan.files import json_line, read_json_lines, sha256_json, write_file, write_json
 from mvwan.metrics import rate_in_words, success_rate
@@ -123,7 +122,7 @@ def evaluate_closed_loop(
         "final": final,
         "trials": trials,
         "policies": list(policies),
-        "tasks": _successes([lines[trial.digest] for trial in planned]),
+        "tasks": successes([lines[trial.digest] for trial in planned]),
         "films": [
             {name: lines[trial.digest][name] for name in ("task", "policy", "layout_seed", "success", "control_steps")}
             | {"file": f"rollouts/{trial.film.name}"}
@@ -131,7 +130,7 @@ def evaluate_closed_loop(
             if trial.film is not None
         ],
         "seconds": round(time.monotonic() - started, 1),
-        "peak_memory_mb": _peak_memory_mb(),
+        "peak_memory_mb": peak_memory_mb(),
     }
     write_json(run_folder / "closed_loop.json", result)
     return result
@@ -280,33 +279,7 @@ def run_trial(trial: Trial) -> dict[str, Any]:
     config, demonstrations = _source(trial.checkpoint)
     policy = _policy(trial, config, demonstrations)
     simulator = _simulator(trial.checkpoint, trial.task, trial.settings.widened)
-    simulator.reset(trial.layout_seed)
-    policy.begin(trial.task, trial.layout_seed, trial.settings.widened)
-    film = _Film(simulator) if trial.film is not None else None
-    arm = Arm(simulator, trial.settings.control_steps, watch=film)
-    plans = 0
-    while not arm.is_done:
-        seen = _look(simulator, config, policy.looks)
-        plan = policy.plan(seen)
-        plans += 1
-        if film is not None:
-            film.plan = plan
-        arm.follow(plan)
-        if plan.is_whole or not len(plan.point_m):
-            break
-    if film is not None and trial.film is not None:
-        trial.film.parent.mkdir(parents=True, exist_ok=True)
-        write_file(trial.film, film.mp4())
-    line = {
-        "task": trial.task,
-        "layout_seed": trial.layout_seed,
-        "layouts": "widened" if trial.settings.widened else "stock",
-        "policy": trial.policy,
-        "success": arm.succeeded,
-        "control_steps": arm.num_steps,
-        "plans": plans,
-        "final_point_m": [round(float(value), 6) for value in simulator.state.point_m],
-    }
+    line = {"policy": trial.policy, **attempt(policy, simulator, trial.layout_seed, trial.settings, trial.film)}
     if isinstance(policy, Predicted):
         residual = np.array(policy.residual_px)
         line |= {
@@ -315,6 +288,39 @@ def run_trial(trial: Trial) -> dict[str, Any]:
             "residual_px": {"mean": float(residual.mean()), "largest": float(residual.max())} if len(residual) else None,
         }
     return line | {"seconds": round(time.monotonic() - started, 2), "digest": trial.digest}
+
+
+def attempt(policy: Policy, simulator: Simulator, layout_seed: int, settings: TrialSettings, film: Path | None = None) -> dict[str, Any]:
+    """What happened when any policy tried one layout of the simulator's task; the video of it is written to `film`.
+
+    The simulator was made with `settings.widened`, and with the cameras whose pictures the policy looks at.
+    """
+    simulator.reset(layout_seed)
+    policy.begin(simulator.task, layout_seed, settings.widened)
+    watch = _Film(simulator) if film is not None else None
+    arm = Arm(simulator, settings.control_steps, watch=watch)
+    plans = 0
+    while not arm.is_done:
+        rgb = simulator.render() if policy.looks else np.zeros((0, 0, 0, 3), np.uint8)
+        plan = policy.plan(Seen(rgb=rgb, cameras=simulator.cameras, state=simulator.state, instruction=simulator.instruction))
+        plans += 1
+        if watch is not None:
+            watch.plan = plan
+        arm.follow(plan)
+        if plan.is_whole or not len(plan.point_m):
+            break
+    if watch is not None and film is not None:
+        film.parent.mkdir(parents=True, exist_ok=True)
+        write_file(film, watch.mp4())
+    return {
+        "task": simulator.task,
+        "layout_seed": layout_seed,
+        "layouts": "widened" if settings.widened else "stock",
+        "success": arm.succeeded,
+        "control_steps": arm.num_steps,
+        "plans": plans,
+        "final_point_m": [round(float(value), 6) for value in simulator.state.point_m],
+    }
 
 
 def _policy(trial: Trial, config: Config, demonstrations: Demonstrations) -> Policy:
@@ -353,15 +359,6 @@ def _simulator(checkpoint: Path, task: str, widened: bool) -> Simulator:
     return Simulator(task, [recorded[name] for name in config.data.cameras or recorded], widened)
 
 
-def _look(simulator: Simulator, config: Config, needs_pictures: bool) -> Seen:
-    """The pictures as training saw them: rendered at the recorded size, then brought to the run's."""
-    rgb, cameras = np.zeros((0, 0, 0, 3), np.uint8), simulator.cameras
-    if needs_pictures:
-        resized, cameras = resize(simulator.render()[:, None], cameras, config.data.height_px, config.data.width_px)
-        rgb = resized[:, 0]
-    return Seen(rgb=rgb, cameras=cameras, state=simulator.state, instruction=simulator.instruction)
-
-
 class _Film:
     """Watches a trial: every few control steps all views side by side, the plan's waypoints marked."""
 
@@ -386,7 +383,7 @@ class _Film:
         return pictures.mp4(np.stack(self._frames), CONTROL_STEPS_PER_SECOND / _FILM_EVERY)
 
 
-def _successes(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def successes(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Task -> policy -> successes, trials and the Wilson interval of the rate; `all` holds the sums over tasks."""
     tasks: dict[str, dict[str, Any]] = {}
     for name in [*dict.fromkeys(line["task"] for line in lines), "all"]:
@@ -412,6 +409,6 @@ def render(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def _peak_memory_mb() -> int:
+def peak_memory_mb() -> int:
     """Of the largest process so far, this one or a worker."""
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) // 1024
