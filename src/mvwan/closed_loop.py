@@ -121,7 +121,7 @@ def evaluate_closed_loop(
         "final": final,
         "trials": trials,
         "policies": list(policies),
-        "tasks": _successes([lines[trial.digest] for trial in planned]),
+        "tasks": successes([lines[trial.digest] for trial in planned]),
         "films": [
             {name: lines[trial.digest][name] for name in ("task", "policy", "layout_seed", "success", "control_steps")}
             | {"file": f"rollouts/{trial.film.name}"}
@@ -129,7 +129,7 @@ def evaluate_closed_loop(
             if trial.film is not None
         ],
         "seconds": round(time.monotonic() - started, 1),
-        "peak_memory_mb": _peak_memory_mb(),
+        "peak_memory_mb": peak_memory_mb(),
     }
     write_json(planned[0].run / "closed_loop.json", result)
     return result
@@ -250,34 +250,7 @@ def run_trial(trial: Trial) -> dict[str, Any]:
     config, demonstrations = _source(trial.run)
     policy = _policy(trial, config, demonstrations)
     simulator = _simulator(trial.run, trial.task, trial.settings.widened)
-    simulator.reset(trial.layout_seed)
-    policy.begin(trial.task, trial.layout_seed, trial.settings.widened)
-    film = _Film(simulator) if trial.film is not None else None
-    arm = Arm(simulator, trial.settings.control_steps, watch=film)
-    plans = 0
-    while not arm.is_done:
-        rgb = simulator.render() if policy.looks else np.zeros((0, 0, 0, 3), np.uint8)
-        seen = Seen(rgb=rgb, cameras=simulator.cameras, state=simulator.state, instruction=simulator.instruction)
-        plan = policy.plan(seen)
-        plans += 1
-        if film is not None:
-            film.plan = plan
-        arm.follow(plan)
-        if plan.is_whole or not len(plan.point_m):
-            break
-    if film is not None and trial.film is not None:
-        trial.film.parent.mkdir(parents=True, exist_ok=True)
-        write_file(trial.film, film.mp4())
-    line = {
-        "task": trial.task,
-        "layout_seed": trial.layout_seed,
-        "layouts": "widened" if trial.settings.widened else "stock",
-        "policy": trial.policy,
-        "success": arm.succeeded,
-        "control_steps": arm.num_steps,
-        "plans": plans,
-        "final_point_m": [round(float(value), 6) for value in simulator.state.point_m],
-    }
+    line = {"policy": trial.policy, **attempt(policy, simulator, trial.layout_seed, trial.settings, trial.film)}
     if isinstance(policy, Predicted):
         residual = np.array(policy.residual_px)
         line |= {
@@ -286,6 +259,39 @@ def run_trial(trial: Trial) -> dict[str, Any]:
             "residual_px": {"mean": float(residual.mean()), "largest": float(residual.max())} if len(residual) else None,
         }
     return line | {"seconds": round(time.monotonic() - started, 2), "digest": trial.digest}
+
+
+def attempt(policy: Policy, simulator: Simulator, layout_seed: int, settings: TrialSettings, film: Path | None = None) -> dict[str, Any]:
+    """What happened when any policy tried one layout of the simulator's task; the video of it is written to `film`.
+
+    The simulator was made with `settings.widened`, and with the cameras whose pictures the policy looks at.
+    """
+    simulator.reset(layout_seed)
+    policy.begin(simulator.task, layout_seed, settings.widened)
+    watch = _Film(simulator) if film is not None else None
+    arm = Arm(simulator, settings.control_steps, watch=watch)
+    plans = 0
+    while not arm.is_done:
+        rgb = simulator.render() if policy.looks else np.zeros((0, 0, 0, 3), np.uint8)
+        plan = policy.plan(Seen(rgb=rgb, cameras=simulator.cameras, state=simulator.state, instruction=simulator.instruction))
+        plans += 1
+        if watch is not None:
+            watch.plan = plan
+        arm.follow(plan)
+        if plan.is_whole or not len(plan.point_m):
+            break
+    if watch is not None and film is not None:
+        film.parent.mkdir(parents=True, exist_ok=True)
+        write_file(film, watch.mp4())
+    return {
+        "task": simulator.task,
+        "layout_seed": layout_seed,
+        "layouts": "widened" if settings.widened else "stock",
+        "success": arm.succeeded,
+        "control_steps": arm.num_steps,
+        "plans": plans,
+        "final_point_m": [round(float(value), 6) for value in simulator.state.point_m],
+    }
 
 
 def _policy(trial: Trial, config: Config, demonstrations: Demonstrations) -> Policy:
@@ -352,7 +358,7 @@ class _Film:
         return pictures.mp4(np.stack(self._frames), CONTROL_STEPS_PER_SECOND / _FILM_EVERY)
 
 
-def _successes(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def successes(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Task -> policy -> successes, trials and the Wilson interval of the rate; `all` holds the sums over tasks."""
     tasks: dict[str, dict[str, Any]] = {}
     for name in [*dict.fromkeys(line["task"] for line in lines), "all"]:
@@ -379,6 +385,6 @@ def render(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def _peak_memory_mb() -> int:
+def peak_memory_mb() -> int:
     """Of the largest process so far, this one or a worker."""
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) // 1024
