@@ -1,4 +1,4 @@
-"""The bar for `mvwan`: a plain convolutional net of 0.95 M parameters, minutes on one core, that predicts the same tool points.
+"""The bar for `mvwan`: a plain convolutional net of 0.9 M parameters, minutes on one core, that predicts the same tool points.
 
     python benchmarks/conv_baseline.py train data/drawer --output runs/conv
     python benchmarks/conv_baseline.py trials runs/conv --trials 25
@@ -45,7 +45,7 @@ def train(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of demonstrations, as `mvwan record` writes it.")],
     output: Annotated[Path, typer.Option("--output", help="Folder to write to; must not exist yet.", show_default=False)],
     steps: Annotated[int, typer.Option("--steps", min=1, help="Updates.")] = 1500,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Windows per update.")] = 32,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Windows per update.")] = 16,
     rate: Annotated[float, typer.Option("--learning-rate", min=1e-9, help="Highest learning rate.")] = 2e-3,
     shift_px: Annotated[int, typer.Option("--shift-px", min=0, max=SIZE_PX // 4, help="Pictures are moved by so much at most.")] = 4,
     jitter: Annotated[float, typer.Option("--jitter", min=0, max=1, help="Colours are scaled by so much at most.")] = 0.2,

@@ -28,7 +28,7 @@ _PIXEL_WEIGHT = 0.1
 class ConvNet(nn.Module):
     """An encoder and decoder over all views at once, the instruction added at the bottom."""
 
-    def __init__(self, views: int, frames: int, instructions: int, widths: Sequence[int] = (32, 64, 96, 96)) -> None:
+    def __init__(self, views: int, frames: int, instructions: int, widths: Sequence[int] = (16, 40, 80, 128)) -> None:
         super().__init__()
         self.views, self.frames = views, frames
         self.encode = nn.ModuleList(_block(before, after) for before, after in zip((4 * views, *widths), widths, strict=False))
@@ -164,7 +164,7 @@ def fit(windows: Windows, instructions: int, steps: int, batch: int, rate: float
         schedule.step()
         optimizer.zero_grad()
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            typer.echo(f"step {step + 1} of {steps}: loss {float(loss):.3f}", err=True)
+            typer.echo(f"step {step + 1} of {steps}: loss {loss.item():.3f}", err=True)
     return net.eval()
 
 
