@@ -197,9 +197,10 @@ def test_a_manifest_of_another_format_is_refused(off: HeatmapWanTrainingModule, 
     forge(folder, format_version=2)
     with pytest.raises(MvwanError, match="format version 2; this mvwan reads 1"):
         load_trained(folder)
-    forge(folder, format_version=1, action_head="hand")
-    with pytest.raises(MvwanError, match="no usable action_head"):
-        load_trained(folder)
+    for head in ("hand", ["gripper"], None):
+        forge(folder, format_version=1, action_head=head)
+        with pytest.raises(MvwanError, match="no usable action_head"):
+            load_trained(folder)
     forge(folder, format_version=1, groups=[])
     with pytest.raises(MvwanError, match="no usable groups"):
         load_trained(folder)

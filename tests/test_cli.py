@@ -31,7 +31,7 @@ SWITCH = [
 ]
 SETTINGS = ["--preset", "--config", "--set"]
 INTERFACE = {
-    "params": ["--base", "--views", "--fusion", "--lora-rank", *SWITCH, "--json", "--markdown", "--compare"],
+    "params": ["--base", "--views", "--fusion", "--action-head", "--lora-rank", *SWITCH, "--json", "--markdown", "--compare"],
     "record": ["--output", "--task", "--episodes", "--size-px", "--layouts", "--seed"],
     "cache": ["--output", *SETTINGS],
     "train": ["--output", *SETTINGS, *SWITCH, "--resume", "--accept-trainable-change", "--dry-run"],
@@ -156,6 +156,13 @@ def test_params_compare_and_markdown() -> None:
     plain = run("params", "--base", "tiny", "--views", "2", "--fusion", "view")
     assert "2 views, fusion view, switch off" in plain.stdout
     assert "mvs_norms" in plain.stdout
+
+
+def test_params_count_an_action_head() -> None:
+    plain, headed = (json.loads(run("params", "--base", "tiny", "--json", *flags).stdout) for flags in ([], ["--action-head", "gripper"]))
+    added = [group for group in headed["groups"] if group not in plain["groups"]]
+    assert [group["name"] for group in added] == ["action_head"]
+    assert headed["trainable_parameters"] - plain["trainable_parameters"] == added[0]["parameters"] > 0
 
 
 def test_lora_rank_scales_the_adapters() -> None:

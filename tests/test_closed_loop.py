@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import av
 import pytest
 
+from mvwan.checkpoint import find_checkpoint
 from mvwan.closed_loop import (
     FIRST_TUNING_LAYOUT,
     TrialSettings,
@@ -52,14 +55,12 @@ def typed(folder: Path) -> tuple[str, dict, list[dict]]:
 
 
 def _wide_terminal() -> dict[str, str]:
-    import os
-
     return os.environ | {"COLUMNS": "160", "OMP_NUM_THREADS": "1"}
 
 
 def test_the_command_shows_a_rate_for_the_run_and_each_control_and_films_them(typed, folder):
     said, result, lines = typed
-    assert "4 trials of handle-press-v3, 4 of them still to run" in said
+    assert "4 trials of handle-press-v3 on stock layouts, 4 of them still to run" in said
     assert {line["policy"]: line["layout_seed"] for line in lines} == dict.fromkeys(POLICIES, FIRST_TUNING_LAYOUT)
     assert set(result["tasks"]) == {TASK, "all"} and set(result["tasks"][TASK]) == set(POLICIES)
     assert result["tasks"][TASK]["expert_waypoints"]["successes"] == 1
@@ -72,7 +73,8 @@ def test_the_command_shows_a_rate_for_the_run_and_each_control_and_films_them(ty
     predicted = next(line for line in lines if line["policy"] == "predicted")
     assert predicted["plans"] >= 1 and predicted["checkpoint_step"] == 2
     films = sorted((folder / "rollouts").iterdir())
-    assert [film.name for film in films] == [f"{TASK}-stock-{FIRST_TUNING_LAYOUT}-{policy}.mp4" for policy in sorted(POLICIES)]
+    names = [f"{TASK}-stock-{line['layout_seed']}-{line['policy']}-{line['digest'][:8]}.mp4" for line in lines]
+    assert [film.name for film in films] == sorted(names)
     with av.open(str(films[0])) as container:
         frames = sum(1 for _ in container.decode(video=0))
     steps = next(line["control_steps"] for line in lines if line["policy"] == sorted(POLICIES)[0])
@@ -107,6 +109,28 @@ def test_finished_trials_are_kept_half_a_line_is_not_and_settings_tell_trials_ap
     other = dataclasses.replace(SETTINGS, execute=2)
     assert count_missing(plan_trials(folder, trials=2, policies=policies, settings=other)) == 0
     assert count_missing(plan_trials(folder, trials=2, policies=("predicted",), settings=other)) == 2
+
+
+def test_a_checkpoint_that_is_named_drives_itself_and_a_strange_line_is_told(folder, tmp_path):
+    checkpoint = find_checkpoint(folder)
+    (trial,) = plan_trials(checkpoint, trials=1, policies=("predicted",), settings=SETTINGS)
+    assert trial.checkpoint == checkpoint
+    shutil.copytree(checkpoint, tmp_path / "checkpoints" / checkpoint.name)
+    (tmp_path / "rollouts.jsonl").write_text('{"task": "x"}\n')
+    with pytest.raises(MvwanError, match="line 1 is not the line of a trial"):
+        evaluate_closed_loop(tmp_path / "checkpoints" / checkpoint.name, trials=1, policies=("hold",), settings=SETTINGS)
+
+
+def test_other_demonstrations_in_the_same_place_are_other_replays(folder, tmp_path):
+    known = {}
+    for seed in (11, 40):
+        root = tmp_path / "data"
+        record(TASK, 2, root, seed=seed, size_px=32, progress=False)
+        known[seed] = Demonstrations(root=str(root), cameras=None, seed=0, validation_share=0.5)
+        assert known[seed].training
+        assert not known[seed].are_widened
+        shutil.rmtree(root)
+    assert known[11].fingerprint != known[40].fingerprint
 
 
 def test_final_layouts_are_the_reserved_ones_and_no_others_ever_are(folder):

@@ -1,5 +1,6 @@
 """The files of a prediction hold what it says, through the command a user types; pictures of one's own give the same as a window's."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -115,6 +116,14 @@ def test_pictures_of_ones_own_give_what_their_window_gives(folder: Path, window,
     assert [camera.name for camera in read_cameras(tmp_path / "own" / "trajectory.json")] == ["left", "right", "front"]
 
 
+@pytest.mark.parametrize(("name", "message"), [("../escaped", "files are named after cameras; use letters"), ("right", "two cameras")])
+def test_a_cameras_name_never_leads_out_of_the_folder(prediction, tmp_path, name, message) -> None:
+    cameras = (dataclasses.replace(prediction.cameras[0], name=name), *prediction.cameras[1:])
+    with pytest.raises(MvwanError, match=message):
+        write_prediction(dataclasses.replace(prediction, cameras=cameras), tmp_path / "inner" / "out", 5.0)
+    assert not list(tmp_path.rglob("*.mp4"))
+
+
 def test_pictures_and_cameras_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no")
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
@@ -129,6 +138,8 @@ def test_pictures_and_cameras_that_do_not_fit_are_refused(folder: Path, tmp_path
     for words, message in (
         (["--image", str(tmp_path / "a.png")], "need --cameras and --prompt"),
         (["--prompt", "go"], "give them with --image"),
+        (["--fps", "5"], "--fps belongs to pictures of your own"),
+        (["--image", str(tmp_path / "a.png"), "--window", "3"], "leave them out beside --image"),
         (["--image", "a.png", "--cameras", "c.json", "--prompt", "go", "--point", "1,2"], "three numbers in metres"),
     ):
         command = [sys.executable, "-m", "mvwan", "sample", str(folder), "--output", str(tmp_path / "out"), *words]

@@ -126,6 +126,9 @@ def test_actions_of_a_prediction(head: str, codec: LatentCodec, window) -> None:
     if head == "none":
         assert np.isnan(said.gripper_open).all() and np.isnan(told.gripper_open).all()
     else:
+        for wrong in (1.5, np.zeros(2)):
+            with pytest.raises(MvwanError, match=r"one opening in 0\.\.1 per given picture, of which there are 1"):
+                predict(own, window.rgb[:, 0], "move the ball", window.cameras, gripper_open=wrong, **given)
         assert ((said.gripper_open > 0) & (said.gripper_open < 1)).all() and len(set(said.gripper_open.tolist())) == 5
         assert told.gripper_open.tolist() == [0.125, *said.gripper_open.tolist()[1:]]
         assert np.array_equal(unsure.gripper_open, said.gripper_open)
@@ -168,8 +171,6 @@ def test_pictures_that_do_not_fit_are_refused(model: MultiViewWan, codec: Latent
         (window.rgb[:, 0], {"num_frames": 6}, "4\\*k\\+1"),
         (window.rgb[:, 0], {"num_frames": 1}, "more pictures than are given"),
         (window.rgb[:, 0], {"point_m": np.zeros(2)}, "one point in metres per given picture"),
-        (window.rgb[:, 0], {"gripper_open": 1.5}, "one opening in 0..1 per given picture, of which there are 1"),
-        (window.rgb[:, 0], {"gripper_open": np.zeros(2)}, "one opening in 0..1 per given picture"),
         (window.rgb[:, 0], {"steps": 0}, "at least one Euler step"),
         (window.rgb[:, 0], {"codec": None}, "a bare model needs codec"),
     ]

@@ -79,3 +79,40 @@ def test_smooth_never_fills_a_gap():
     assert np.isnan(smoothed[3]).all()
     np.testing.assert_allclose(smoothed[2], 1.5)
     assert np.isfinite(np.delete(smoothed, 3, axis=0)).all()
+
+
+@pytest.mark.parametrize(("confidence", "most_mm"), [(0.02, 2), (0.1, 2), (0.5, 5)])
+def test_one_wrong_view_does_not_drag_the_point_and_the_residual_tells_of_it(rig, confidence, most_mm):
+    draw = np.random.default_rng(3)
+    points = draw.uniform((-0.2, -0.2, 0), (0.2, 0.2, 0.2), (20, 3))
+    uv_px, _ = seen_by(rig, points)
+    uv_px[1] += 57 * np.array([np.cos(0.7), np.sin(0.7)])
+    weights = np.ones((3, 20))
+    weights[1] = confidence
+    found, residual_px = lift(uv_px, weights, rig)
+    error_mm = 1000 * np.linalg.norm(found - points, axis=-1)
+    assert np.median(error_mm) < most_mm
+    projected, _ = seen_by(rig, found)
+    squared = np.square(projected - uv_px).sum(axis=-1)
+    assert residual_px == pytest.approx(np.sqrt((weights * squared).sum(axis=0) / weights.sum(axis=0)), rel=1e-6)
+    assert residual_px.min() > 50 * np.sqrt(confidence / (2 + confidence))
+
+
+def test_noise_in_all_views_is_averaged(rig):
+    draw = np.random.default_rng(4)
+    points = draw.uniform((-0.2, -0.2, 0), (0.2, 0.2, 0.2), (200, 3))
+    uv_px, _ = seen_by(rig, points)
+    found, _ = lift(uv_px + draw.normal(0, 0.5, uv_px.shape), np.ones((3, 200)), rig)
+    # A pixel is 3 to 5 mm here.
+    assert 1000 * np.linalg.norm(found - points, axis=-1).mean() < 3
+
+
+@pytest.mark.parametrize("sigma_px", [2.0, 4.0])
+def test_peaks_are_found_between_pixels_and_at_borders_through_jet(sigma_px):
+    draw = np.random.default_rng(5)
+    inner, border = draw.uniform(6, 122, (40, 2)), np.stack([draw.uniform(0.6, 3, 40), draw.uniform(6, 122, 40)], axis=-1)
+    for uv_px in (inner, border, 128 - border[:, ::-1]):
+        heat = render(uv_px[None], np.ones((1, 40), bool), 128, 128, sigma_px)
+        found, confidence = peak(uncolour(colour(heat)))
+        assert np.linalg.norm(found[0] - uv_px, axis=-1).max() < 0.1
+        assert confidence.min() > 0.5

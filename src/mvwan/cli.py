@@ -81,6 +81,14 @@ class Fusion(StrEnum):
     view = "view"
 
 
+class ActionHead(StrEnum):
+    """What is predicted per frame beside the pictures."""
+
+    none = "none"
+    gripper = "gripper"
+    gripper_rotation = "gripper_rotation"
+
+
 Switch = Annotated[
     bool | None,
     typer.Option(
@@ -150,6 +158,9 @@ def params(
     ] = "wan2.2-ti2v-5b",
     views: Annotated[int, typer.Option("--views", min=1, help="Cameras seen together.")] = 3,
     fusion: Annotated[Fusion, typer.Option("--fusion", help="RGB and heatmap share tokens, or are streams of their own.")] = Fusion.channel,
+    action_head: Annotated[
+        ActionHead, typer.Option("--action-head", help="The gripper's opening per frame, or that and how the hand turned.")
+    ] = ActionHead.none,
     lora_rank: Annotated[int, typer.Option("--lora-rank", min=1, help="Width of the low-rank adapters.")] = 32,
     unfreeze_modulation_and_norms: Switch = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else there.")] = False,
@@ -170,7 +181,7 @@ def params(
     trainable = TrainableConfig(lora=LoraConfig(rank=lora_rank))
 
     def table(switch: bool) -> Any:
-        return surgery.trainable_table(base, views, fusion.value, switch, trainable=trainable)
+        return surgery.trainable_table(base, views, fusion.value, switch, trainable=trainable, action_head=action_head.value)
 
     shown = side_by_side(table(False), table(True)) if compare else table(bool(unfreeze_modulation_and_norms or variable))
     if as_json:
@@ -270,8 +281,11 @@ def _dry_run(config: Config, accept_trainable_change: bool) -> None:
         config.unfreeze_modulation_and_norms,
         trainable=config.trainable,
         train=config.train,
+        action_head=config.model.action_head,
     )
     datasets = _datasets(config) if config.data.root else {}
+    if datasets:
+        datasets["train"].check_actions(config.model.action_head)
     console().print(table.render())
     if config.train.from_checkpoint is not None:
         from mvwan.training_module import HeatmapWanTrainingModule
@@ -324,10 +338,13 @@ def sample(
     from mvwan.evaluate import sample_pictures, sample_window
 
     steps = {"denoise_steps": denoise_steps, "seed": seed}
+    own = {"--cameras": cameras, "--prompt": prompt, "--point": point, "--gripper-open": gripper_open, "--fps": fps}
     if not image:
-        if given := [name for name, value in (("--cameras", cameras), ("--prompt", prompt), ("--point", point)) if value is not None]:
+        if given := [name for name, value in own.items() if value is not None]:
             raise MvwanError(f"{given[0]} belongs to pictures of your own: give them with --image")
         written = sample_window(run, output, dataset=dataset, window=window, **steps)
+    elif dataset is not None or window:
+        raise MvwanError("--dataset and --window choose a held-out window: leave them out beside --image")
     elif cameras is None or prompt is None:
         raise MvwanError("--image: pictures of your own need --cameras and --prompt as well")
     else:
@@ -363,7 +380,10 @@ def evaluate(
         list[str] | None,
         typer.Option("--task", help="Task of the trials; repeatable. Not given: those of the demonstrations.", show_default=False),
     ] = None,
-    layouts: Annotated[Layouts, typer.Option("--layouts", help="Where objects may stand in the trials.")] = Layouts.stock,
+    layouts: Annotated[
+        Layouts | None,
+        typer.Option("--layouts", help="Where objects may stand in the trials; not given: as in the demonstrations.", show_default=False),
+    ] = None,
     execute: Annotated[int, typer.Option("--execute", min=1, help="Waypoints to follow before the run looks again.")] = 8,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Trials at the same time.")] = 2,
     videos: Annotated[int, typer.Option("--videos", min=0, help="Filmed trials per task and policy.")] = 1,
@@ -374,13 +394,15 @@ def evaluate(
 ) -> None:
     """Measure predictions on held-out windows beside baselines; with --trials also success in Meta-World beside its controls."""
     if trials:
-        from mvwan.closed_loop import TrialSettings, count_missing, evaluate_closed_loop, plan_trials
+        from mvwan.closed_loop import TrialSettings, count_missing, evaluate_closed_loop, is_widened, plan_trials
         from mvwan.closed_loop import render as render_trials
 
-        settings = TrialSettings(execute=execute, denoise_steps=denoise_steps, seed=seed, widened=layouts == "widened")
+        widened = is_widened(run) if layouts is None else layouts == "widened"
+        settings = TrialSettings(execute=execute, denoise_steps=denoise_steps, seed=seed, widened=widened)
         planned = plan_trials(run, trials=trials, tasks=task, settings=settings, final=final, videos=videos)
         named = ", ".join(dict.fromkeys(trial.task for trial in planned))
-        typer.echo(f"closed loop: {len(planned)} trials of {named}, {count_missing(planned)} of them still to run")
+        kind = "widened" if widened else "stock"
+        typer.echo(f"closed loop: {len(planned)} trials of {named} on {kind} layouts, {count_missing(planned)} of them still to run")
     if dry_run:
         return
     if windows:

@@ -29,6 +29,7 @@ from rich.table import Table
 from mvwan import pictures
 from mvwan.checkpoint import find_checkpoint, read_manifest
 from mvwan.config import Config, config_from_dict
+from mvwan.data.transforms import resize
 from mvwan.errors import MvwanError
 from mvwan.files import json_line, read_json_lines, sha256_json, write_file, write_json
 from mvwan.metrics import rate_in_words, success_rate
@@ -74,8 +75,8 @@ class TrialSettings:
 class Trial:
     """One attempt."""
 
-    run: Path
-    """Folder of the run."""
+    checkpoint: Path
+    """Folder of the checkpoint that drives; its run's folder holds what trials leave."""
     task: str
     layout_seed: int
     policy: PolicyName
@@ -107,8 +108,9 @@ def evaluate_closed_loop(
     started = time.monotonic()
     settings = settings or TrialSettings()
     planned = plan_trials(run, trials=trials, tasks=tasks, policies=policies, settings=settings, final=final, videos=videos)
-    path = planned[0].run / "rollouts.jsonl"
-    lines = {line["digest"]: line for line in read_json_lines(path)}
+    run_folder = planned[0].checkpoint.parents[1]
+    path = run_folder / "rollouts.jsonl"
+    lines = _finished(path)
     missing = [trial for trial in planned if _is_missing(trial, lines)]
     if missing:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +133,7 @@ def evaluate_closed_loop(
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_mb": peak_memory_mb(),
     }
-    write_json(planned[0].run / "closed_loop.json", result)
+    write_json(run_folder / "closed_loop.json", result)
     return result
 
 
@@ -146,11 +148,7 @@ def plan_trials(
     videos: int = 0,
 ) -> list[Trial]:
     """The trials, task by task. Raises `MvwanError` as `evaluate_closed_loop` does; runs nothing."""
-    checkpoint = find_checkpoint(run)
-    if checkpoint.is_file():
-        raise MvwanError(
-            f"checkpoint {run}: a file of the older system does not know its demonstrations and settings. Give a run's folder."
-        )
+    checkpoint = _checkpoint_of(run)
     manifest = read_manifest(checkpoint)
     config = config_from_dict(manifest["config"], f"checkpoint {checkpoint}: config")
     settings.check(config)
@@ -161,32 +159,46 @@ def plan_trials(
     names = [task_name(task) for task in tasks] if tasks else list(_demonstrations(config).tasks)
     if not names:
         raise MvwanError(f"{config.data.root}: no demonstration has the instruction of a Meta-World task. Name tasks with --tasks.")
-    folder, first = checkpoint.parents[1], RESERVED_LAYOUTS if final else FIRST_TUNING_LAYOUT
+    first = RESERVED_LAYOUTS if final else FIRST_TUNING_LAYOUT
+    demonstrations = _demonstrations(config)
     planned = []
     for task in dict.fromkeys(names):
         if settings.widened and task not in WIDENED:
             raise MvwanError(f"task {task}: no widened layouts are known; there are for {', '.join(sorted(WIDENED))}")
         for policy in policies:
             for number in range(trials):
+                digest = _digest(task, first + number, policy, settings, manifest, demonstrations)
                 kind = "widened" if settings.widened else "stock"
-                name = f"{task}-{kind}-{first + number}-{policy}.mp4"
+                name = f"{task}-{kind}-{first + number}-{policy}-{digest[:8]}.mp4"
                 planned.append(
                     Trial(
-                        run=folder,
+                        checkpoint=checkpoint,
                         task=task,
                         layout_seed=first + number,
                         policy=policy,
                         settings=settings,
-                        film=folder / "rollouts" / name if number < videos else None,
-                        digest=_digest(task, first + number, policy, settings, config, manifest),
+                        film=checkpoint.parents[1] / "rollouts" / name if number < videos else None,
+                        digest=digest,
                     )
                 )
     return planned
 
 
+def is_widened(run: str | Path) -> bool:
+    """Whether the run was trained on widened layouts. Raises `MvwanError` as `plan_trials` does."""
+    return _source(_checkpoint_of(run))[1].are_widened
+
+
+def _checkpoint_of(run: str | Path) -> Path:
+    checkpoint = find_checkpoint(run)
+    if checkpoint.is_file():
+        raise MvwanError(f"checkpoint {run}: a file of the older system does not know its demonstrations. Give a run's folder.")
+    return checkpoint
+
+
 def count_missing(planned: Sequence[Trial]) -> int:
     """How many of the trials have not been run yet."""
-    lines = {line["digest"]: line for line in read_json_lines(planned[0].run / "rollouts.jsonl")}
+    lines = _finished(planned[0].checkpoint.parents[1] / "rollouts.jsonl")
     return sum(_is_missing(trial, lines) for trial in planned)
 
 
@@ -194,17 +206,33 @@ def _is_missing(trial: Trial, lines: Mapping[str, Any]) -> bool:
     return trial.digest not in lines or (trial.film is not None and not trial.film.is_file())
 
 
-def _digest(task: str, layout_seed: int, policy: PolicyName, settings: TrialSettings, config: Config, manifest: Mapping[str, Any]) -> str:
+def _finished(path: Path) -> dict[str, dict[str, Any]]:
+    """Digest -> line of the trials that were run. Raises `MvwanError` for a line that is none of a trial."""
+    lines = read_json_lines(path)
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or not {"digest", "task", "policy", "success"} <= set(line):
+            raise MvwanError(f"{path}: line {number} is not the line of a trial. Remove it, or the file: its trials are then run again.")
+    return {line["digest"]: line for line in lines}
+
+
+def _digest(
+    task: str,
+    layout_seed: int,
+    policy: PolicyName,
+    settings: TrialSettings,
+    manifest: Mapping[str, Any],
+    demonstrations: Demonstrations,
+) -> str:
     """64 hex digits over what decides the trial's outcome."""
     wanted: dict[str, Any] = asdict(settings)
-    groups = {name: group["digest"] for name, group in manifest["groups"].items() if "digest" in group}
     if policy == "predicted":
-        wanted["weights"] = [groups, manifest["step"], manifest["base"]]
+        wanted["checkpoint"] = manifest
     else:
         del wanted["execute"], wanted["denoise_steps"]
-    if policy in ("replay", "predicted"):
-        wanted["data"] = [config.data.root, config.data.frame_interval, config.seed, config.data.validation_share]
-    return sha256_json([FORMAT_VERSION, task, layout_seed, policy, wanted])
+    if policy == "replay":
+        wanted["demonstrations"] = demonstrations.fingerprint
+    interval = manifest["config"]["data"]["frame_interval"]
+    return sha256_json([FORMAT_VERSION, task, layout_seed, policy, wanted, interval * demonstrations.control_steps_per_frame])
 
 
 def _demonstrations(config: Config) -> Demonstrations:
@@ -235,6 +263,8 @@ def _run_all(missing: Sequence[Trial], path: Path, processes: int, progress: boo
                 bar.advance(line_of_bar)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
             raise
     return done
 
@@ -247,24 +277,27 @@ def _begin_worker() -> None:
 def run_trial(trial: Trial) -> dict[str, Any]:
     """What happened, ready for a JSON line; the same trial always gives the same but for `seconds`."""
     started = time.monotonic()
-    config, demonstrations = _source(trial.run)
+    config, demonstrations = _source(trial.checkpoint)
     policy = _policy(trial, config, demonstrations)
-    simulator = _simulator(trial.run, trial.task, trial.settings.widened)
-    line = {"policy": trial.policy, **attempt(policy, simulator, trial.layout_seed, trial.settings, trial.film)}
+    simulator = _simulator(trial.checkpoint, trial.task, trial.settings.widened)
+    size_px = config.data.height_px, config.data.width_px
+    line = {"policy": trial.policy, **attempt(policy, simulator, trial.layout_seed, trial.settings, size_px, trial.film)}
     if isinstance(policy, Predicted):
         residual = np.array(policy.residual_px)
         line |= {
-            "checkpoint_step": _loaded(trial.run).step,
+            "checkpoint_step": _loaded(trial.checkpoint).step,
             "waypoints_lost": policy.num_lost,
             "residual_px": {"mean": float(residual.mean()), "largest": float(residual.max())} if len(residual) else None,
         }
     return line | {"seconds": round(time.monotonic() - started, 2), "digest": trial.digest}
 
 
-def attempt(policy: Policy, simulator: Simulator, layout_seed: int, settings: TrialSettings, film: Path | None = None) -> dict[str, Any]:
+def attempt(
+    policy: Policy, simulator: Simulator, layout_seed: int, settings: TrialSettings, size_px: tuple[int, int], film: Path | None = None
+) -> dict[str, Any]:
     """What happened when any policy tried one layout of the simulator's task; the video of it is written to `film`.
 
-    The simulator was made with `settings.widened`, and with the cameras whose pictures the policy looks at.
+    The policy is shown pictures of `size_px` (height, width). The simulator was made with `settings.widened`.
     """
     simulator.reset(layout_seed)
     policy.begin(simulator.task, layout_seed, settings.widened)
@@ -272,8 +305,7 @@ def attempt(policy: Policy, simulator: Simulator, layout_seed: int, settings: Tr
     arm = Arm(simulator, settings.control_steps, watch=watch)
     plans = 0
     while not arm.is_done:
-        rgb = simulator.render() if policy.looks else np.zeros((0, 0, 0, 3), np.uint8)
-        plan = policy.plan(Seen(rgb=rgb, cameras=simulator.cameras, state=simulator.state, instruction=simulator.instruction))
+        plan = policy.plan(_look(simulator, size_px, policy.looks))
         plans += 1
         if watch is not None:
             watch.plan = plan
@@ -299,7 +331,7 @@ def _policy(trial: Trial, config: Config, demonstrations: Demonstrations) -> Pol
     stride = demonstrations.control_steps_per_frame * config.data.frame_interval
     match trial.policy:
         case "predicted":
-            return Predicted(_loaded(trial.run), stride, settings.execute, settings.denoise_steps, settings.seed)
+            return Predicted(_loaded(trial.checkpoint), stride, settings.execute, settings.denoise_steps, settings.seed)
         case "expert_waypoints":
             return ExpertWaypoints(stride)
         case "replay":
@@ -312,26 +344,31 @@ def _policy(trial: Trial, config: Config, demonstrations: Demonstrations) -> Pol
 
 
 @lru_cache(maxsize=1)
-def _source(run: Path) -> tuple[Config, Demonstrations]:
-    checkpoint = find_checkpoint(run)
+def _source(checkpoint: Path) -> tuple[Config, Demonstrations]:
     config = config_from_dict(read_manifest(checkpoint)["config"], f"checkpoint {checkpoint}: config")
     return config, _demonstrations(config)
 
 
 @lru_cache(maxsize=1)
-def _loaded(run: Path) -> LoadedRun:
-    return load_run(run)
+def _loaded(checkpoint: Path) -> LoadedRun:
+    return load_run(checkpoint)
 
 
 @lru_cache(maxsize=1)
-def _simulator(run: Path, task: str, widened: bool) -> Simulator:
-    """Seen by the cameras that the run was trained on, at the size of its pictures."""
-    config, demonstrations = _source(run)
+def _simulator(checkpoint: Path, task: str, widened: bool) -> Simulator:
+    """Seen by the cameras that the demonstrations were recorded with."""
+    config, demonstrations = _source(checkpoint)
     recorded = {camera.name: camera for camera in demonstrations.training[0].cameras}
-    size = config.data.width_px, config.data.height_px
-    chosen = [recorded[name] for name in config.data.cameras or recorded]
-    cameras = [camera.of_box((0, 0, camera.width_px, camera.height_px), *size) for camera in chosen]
-    return Simulator(task, cameras, widened)
+    return Simulator(task, [recorded[name] for name in config.data.cameras or recorded], widened)
+
+
+def _look(simulator: Simulator, size_px: tuple[int, int], needs_pictures: bool) -> Seen:
+    """The pictures as training saw them: rendered at the recorded size, then brought to `size_px`."""
+    rgb, cameras = np.zeros((0, 0, 0, 3), np.uint8), simulator.cameras
+    if needs_pictures:
+        resized, cameras = resize(simulator.render()[:, None], cameras, *size_px)
+        rgb = resized[:, 0]
+    return Seen(rgb=rgb, cameras=cameras, state=simulator.state, instruction=simulator.instruction)
 
 
 class _Film:
@@ -378,10 +415,9 @@ def render(result: Mapping[str, Any]) -> Table:
     table.add_column("task")
     for policy in result["policies"]:
         table.add_column(policy.replace("_", " "), justify="right")
+    last = list(result["tasks"])[-2]
     for task, measured in result["tasks"].items():
-        table.add_row(
-            task, *(rate_in_words(measured[policy]) for policy in result["policies"]), end_section=task == list(result["tasks"])[-2]
-        )
+        table.add_row(task, *(rate_in_words(measured[policy]) for policy in result["policies"]), end_section=task == last)
     return table
 
 

@@ -20,7 +20,7 @@ import mvwan
 from mvwan.config import Config
 from mvwan.data.dataset import WindowDataset, read_episodes
 from mvwan.errors import MvwanError
-from mvwan.evaluate import evaluate_prediction, render
+from mvwan.evaluate import FORMAT_VERSION, evaluate_prediction, read_evaluation, render
 from mvwan.files import read_json, sha256_json, write_json
 from mvwan.latent_cache import build_cache
 from mvwan.model.latents import LatentCodec, codec_digest
@@ -99,8 +99,8 @@ def run_demo(
 ) -> Path:
     """The report's path, after recording `episodes` demonstrations of a Meta-World task and two fine-tunings of `steps` steps.
 
-    `windows` held-out windows are measured at most; `trials` layouts are tried in closed loop (0: none). `fresh` removes what an earlier demo left. Raises `MvwanError` when `output`
-    holds something that is no demo.
+    `windows` held-out windows are measured at most; `trials` layouts are tried in closed loop (0: none). `fresh` removes what an
+    earlier demo left. Raises `MvwanError` when `output` holds something that is no demo.
     """
     output, console = Path(output), console or Console(highlight=False)
     _prepare(output, fresh)
@@ -135,11 +135,12 @@ def run_demo(
         stages.run(f"Fine-tune, switch {label}", settings, output / label, partial(train, config, output / label, resume=True))
     measured: Any = None
     for label in configs:
-        settings = {"windows": windows, "denoise_steps": _DENOISE_STEPS, "seed": seed}
+        measured_with = {"windows": windows, "denoise_steps": _DENOISE_STEPS, "seed": seed}
+        settings = {**measured_with, "format": FORMAT_VERSION}
         product = output / label / "evaluation.json"
-        work = partial(evaluate_prediction, output / label, **settings, keep=_PICTURED_WINDOWS, codec_from=measured, progress=True)
+        work = partial(evaluate_prediction, output / label, **measured_with, keep=_PICTURED_WINDOWS, codec_from=measured, progress=True)
         stages.run(f"Measure on held-out episodes, switch {label}", settings, product, work)
-        measured = read_json(product)
+        measured = read_evaluation(product)
         console.print(render(measured))
 
     for label in configs if trials else ():
@@ -198,7 +199,9 @@ def _print_tables(configs: Mapping[str, Config], console: Console) -> None:
     for label, config in configs.items():
         switch = config.unfreeze_modulation_and_norms
         model, trainable = config.model, config.trainable
-        tables[label] = trainable_table(config.base.source, model.views, model.fusion, switch, trainable=trainable, train=config.train)
+        tables[label] = trainable_table(
+            config.base.source, model.views, model.fusion, switch, trainable=trainable, train=config.train, action_head=model.action_head
+        )
         console.print(tables[label].render(f"Switch {label}"))
     console.print(compare(tables["off"], tables["on"]).render("Off and on, side by side"))
 

@@ -21,7 +21,7 @@ from mvwan.baselines import Answer, NearestDemonstration
 from mvwan.batch import Prediction, Sample
 from mvwan.data.dataset import Window, WindowDataset, heat_video, read_episodes
 from mvwan.errors import MvwanError
-from mvwan.files import sha256_json, whole_file, write_json
+from mvwan.files import read_json, sha256_json, whole_file, write_json
 from mvwan.metrics import Tally
 from mvwan.prediction_files import Truth, read_cameras, read_pictures, write_prediction
 from mvwan.sample import LoadedRun, load_run, predict
@@ -352,11 +352,14 @@ def sample_pictures(
         if not Path(data.root).is_dir():
             raise MvwanError(f"{data.root}: the run's demonstrations are gone, so its frame rate is not known. Give --fps.")
         fps = read_episodes(data.root, data.cameras)[0].fps / data.frame_interval
+    views, pictures, seen_by = loaded.config.model.views, read_pictures(images), read_cameras(cameras)
+    if len(pictures) != views:
+        raise MvwanError(f"--image is given {len(pictures)} times; the run was trained on {views} views. Give one picture of each.")
     prediction = predict(
         loaded,
-        read_pictures(images),
+        pictures,
         prompt,
-        read_cameras(cameras),
+        seen_by,
         steps=denoise_steps,
         seed=seed,
         point_m=None if point_m is None else np.array(point_m, np.float64),
@@ -390,6 +393,15 @@ def measure_rows(measures: Mapping[str, Any]) -> list[tuple[str, dict[str, float
         values = {source: measures[source][name][statistic] for source in SOURCES if name in measures.get(source, {})}
         rows.append((label, values, digits))
     return rows
+
+
+def read_evaluation(path: str | Path) -> dict[str, Any]:
+    """The numbers in an evaluation.json. Raises `MvwanError` when another version of the package wrote them."""
+    found = read_json(path)
+    version = found.get("format_version") if isinstance(found, dict) else None
+    if version != FORMAT_VERSION:
+        raise MvwanError(f"{path}: format {version}, this version reads {FORMAT_VERSION}. Run `mvwan evaluate` again.")
+    return found
 
 
 def render(result: Mapping[str, Any]) -> Table:

@@ -1,4 +1,4 @@
-"""How far a prediction is from the truth, in px, mm and dB, how often an arm succeeds, and baselines of numbers. Knows no model and no files.
+"""How far a prediction is from the truth, in px, mm and dB, how often an arm succeeds, and baselines. Knows no model and no files.
 
 Frames that were given clean never count: `condition_frames` is their number in latent frames, as everywhere. What is averaged is
 returned as `Tally`, all values, so that windows and views are put together before means and percentiles are taken.

@@ -75,7 +75,7 @@ def webp(picture: np.ndarray, quality: int = 88) -> bytes:
 def png(picture: np.ndarray) -> bytes:
     """The picture `[H W 3]` uint8 as PNG, losslessly."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", optimize=True)
+    Image.fromarray(picture).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -15,6 +15,7 @@ from mvwan.batch import Episode
 from mvwan.cameras import Camera
 from mvwan.data.dataset import held_out, read_episodes
 from mvwan.errors import MvwanError
+from mvwan.files import sha256_json
 from mvwan.sample import LoadedRun, predict
 from mvwan.sim.execution import Plan
 from mvwan.sim.metaworld import CONTROL_STEPS_PER_SECOND, Simulator, State, rollout
@@ -164,6 +165,16 @@ class Demonstrations:
         episodes = read_episodes(self.root, self.cameras)
         kept_out = held_out([episode.name for episode in episodes], self.seed, self.validation_share)
         return tuple(episode for episode in episodes if episode.name not in kept_out)
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hex digits that change with what a replay follows, and not with where it lies."""
+        return sha256_json([[episode.name, episode.fingerprint] for episode in self.training])
+
+    @property
+    def are_widened(self) -> bool:
+        """Whether they were recorded on widened layouts."""
+        return any("/widened-" in episode.name for episode in self.training)
 
     @property
     def control_steps_per_frame(self) -> int:

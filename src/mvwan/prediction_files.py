@@ -8,6 +8,7 @@
 Knows no model and no data set.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ class Truth:
 def write_prediction(prediction: Prediction, output: str | Path, fps: float, truth: Truth | None = None) -> list[Path]:
     """The files of the new folder `output`. `fps`: predicted frames per second. Raises `MvwanError` when the folder exists."""
     output = Path(output)
+    _check_names([camera.name for camera in prediction.cameras])
     with whole_directory(output) as folder:
         write_json(folder / "trajectory.json", trajectory(prediction, fps))
         for view, camera in enumerate(prediction.cameras):
@@ -50,6 +52,15 @@ def write_prediction(prediction: Prediction, output: str | Path, fps: float, tru
             write_file(folder / f"{camera.name}.heat.mp4", pictures.mp4(heatmaps.colour(prediction.heat[view]), fps))
         write_file(folder / "sheet.png", pictures.png(sheet(prediction, fps, truth)))
     return sorted(output.iterdir())
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """`MvwanError` for names of cameras that cannot name files."""
+    for name in names:
+        if not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise MvwanError(f"camera {name!r}: files are named after cameras; use letters, digits, `_`, `-` and `.` alone")
+        if names.count(name) > 1:
+            raise MvwanError(f"camera {name!r}: two cameras have this name, and files are named after cameras. Rename one.")
 
 
 def trajectory(prediction: Prediction, fps: float) -> dict[str, Any]:
@@ -100,10 +111,17 @@ def sheet(prediction: Prediction, fps: float, truth: Truth | None = None) -> np.
 
 
 def _marked(picture: np.ndarray, prediction: Prediction, truth: Truth | None, view: int, frame: int, factor: int) -> np.ndarray:
+    """The enlarged picture with both peaks, dark under bright so that they show on any ground."""
     if truth is not None:
-        picture = pictures.mark_points(picture, factor * truth.uv_px[view, frame][None], TRUE_COLOUR, 3.0 * factor)
+        picture = _outlined(picture, factor * truth.uv_px[view, frame], TRUE_COLOUR, 3.0 * factor, cross=False)
     found = prediction.uv_px[view, frame] if prediction.confidence[view, frame] > 0 else np.full(2, np.nan)
-    return pictures.mark_points(picture, factor * found[None], PREDICTED_COLOUR, 2.0 * factor, cross=True)
+    return _outlined(picture, factor * found, PREDICTED_COLOUR, 2.0 * factor, cross=True)
+
+
+def _outlined(picture: np.ndarray, uv_px: np.ndarray, colour: tuple[int, int, int], radius_px: float, cross: bool) -> np.ndarray:
+    for shift in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+        picture = pictures.mark_points(picture, (uv_px + shift)[None], (0, 0, 0), radius_px, cross)
+    return pictures.mark_points(picture, uv_px[None], colour, radius_px, cross)
 
 
 def _write_words(
@@ -112,16 +130,26 @@ def _write_words(
     """The prompt and the legend on the first line, times over the columns, views and streams beside the rows."""
     font = ImageFont.load_default(13)
     draw.text((_LABEL_PX, 2), prompt, fill="black", font=font)
-    legend = "× predicted peak" + ("     ○ true peak" if with_truth else "")
-    draw.rectangle((_LABEL_PX + size[1] - 235, 1, _LABEL_PX + size[1], _LINE_PX - 1), fill=(90, 90, 90))
-    draw.text((_LABEL_PX + size[1] - 225, 2), legend.split("○")[0], fill=PREDICTED_COLOUR, font=font)
+    right = _LABEL_PX + size[1]
+    _legend(draw, right - 130, "predicted peak", PREDICTED_COLOUR, cross=True)
     if with_truth:
-        draw.text((_LABEL_PX + size[1] - 95, 2), "○ true peak", fill=TRUE_COLOUR, font=font)
+        _legend(draw, right - 250, "true peak", TRUE_COLOUR, cross=False)
     for column, time_s in enumerate(times_s):
         left = _LABEL_PX + column * (size[1] + 2) / len(times_s)
         draw.text((left + 2, _LINE_PX + 2), "given" if column == 0 else f"+{time_s:.2f} s", fill="black", font=font)
     for row, label in enumerate(labels):
         draw.text((4, 2 * _LINE_PX + row * (size[0] + 2) / len(labels) + 4), label, fill="black", font=font)
+
+
+def _legend(draw: ImageDraw.ImageDraw, left: int, words: str, colour: tuple[int, int, int], cross: bool) -> None:
+    """A mark on a grey field and what it means; drawn, since the default font has no such signs."""
+    draw.rectangle((left, 1, left + 18, _LINE_PX - 2), fill=(90, 90, 90))
+    if cross:
+        draw.line((left + 4, 5, left + 14, 14), fill=colour, width=2)
+        draw.line((left + 4, 14, left + 14, 5), fill=colour, width=2)
+    else:
+        draw.ellipse((left + 4, 4, left + 14, 14), outline=colour, width=2)
+    draw.text((left + 24, 2), words, fill="black", font=ImageFont.load_default(13))
 
 
 def read_pictures(paths: Sequence[Path]) -> np.ndarray:

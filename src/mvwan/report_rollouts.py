@@ -23,9 +23,7 @@ def rollouts(records: Sequence[RunRecord]) -> str:
         return "<p>No trials were run. <code>mvwan evaluate RUN --trials 25</code> runs some.</p>"
     first = run[0].closed_loop
     assert first is not None
-    kind = ("widened" if first["settings"]["widened"] else "stock") + (
-        " layouts kept for final evaluation" if first["final"] else " layouts"
-    )
+    kind = f"{'widened' if first['settings']['widened'] else 'stock'} layouts{' kept for final evaluation' if first['final'] else ''}"
     intro = (
         f"<p>{first['trials']} {kind} per task that no demonstration shows, success by Meta-World's own criterion, 95 % intervals. The run "
         f"predicts, follows {first['settings']['execute']} waypoints and looks again. <em>Expert waypoints</em> follows the scripted "
@@ -61,7 +59,6 @@ def _films(records: Sequence[RunRecord]) -> str:
             outcome = "succeeded" if film["success"] else "did not succeed"
             said = f"{film['task']}, layout {film['layout_seed']}: {name}; {outcome} in {film['control_steps']} control steps"
             video = pictures.data_uri(read_bytes(record.folder / film["file"]), "video/mp4")
-            figures.append(
-                f'<figure><video controls loop muted playsinline src="{video}"></video><figcaption>{html.escape(said)}</figcaption></figure>'
-            )
+            shown = f'<video controls loop muted playsinline src="{video}"></video><figcaption>{html.escape(said)}</figcaption>'
+            figures.append(f"<figure>{shown}</figure>")
     return "".join(figures)

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mvwan.errors import MvwanError
-from mvwan.evaluate import FORMAT_VERSION, load_prediction
+from mvwan.evaluate import load_prediction, read_evaluation
 from mvwan.files import read_json, read_json_lines, read_text
 
 
@@ -35,13 +34,7 @@ class RunRecord:
     @cached_property
     def evaluation(self) -> dict[str, Any]:
         """Raises `MvwanError` for numbers of another version of the package."""
-        path = self.folder / "evaluation.json"
-        found = read_json(path)
-        if found.get("format_version") != FORMAT_VERSION:
-            raise MvwanError(
-                f"{path}: format {found.get('format_version')}, this version reads {FORMAT_VERSION}. Run `mvwan evaluate` again."
-            )
-        return found
+        return read_evaluation(self.folder / "evaluation.json")
 
     @cached_property
     def closed_loop(self) -> dict[str, Any] | None:

@@ -75,9 +75,10 @@ def predict(
     images [V H W 3] uint8, one first picture per camera ([V F H W 3] for runs with several given frames). `cameras` belong to
     pictures of this size. point_m [3] (or [F 3]), metres, is where the tracked point is now: the robot knows its tool point. Without
     it the first heatmap is blank, as in training when no camera sees the point. gripper_open (or [F]), 0..1, is how far the gripper
-    is open now: a model with an action head repeats it in the given frames, and says its own without it. `heat_only` leaves the
-    pictures undecoded, which saves half of the time: `rgb` then ends with the given ones. A bare model needs `codec`, and `config`
-    where its training differed from the defaults. Same seed, same prediction. Raises `MvwanError` for pictures that do not fit.
+    is open now: a model with an action head repeats it in the given frames, and says its own without it; no other model reads it.
+    `heat_only` leaves the pictures undecoded, which saves half of the time: `rgb` then ends with the given ones. A bare model needs
+    `codec`, and `config` where its training differed from the defaults. Same seed, same prediction. Raises `MvwanError` for pictures
+    that do not fit.
     """
     run = load_run(run_or_model) if isinstance(run_or_model, (str, Path)) else run_or_model
     if isinstance(run, LoadedRun):
@@ -205,11 +206,11 @@ def _actions(
     logits: torch.Tensor | None, num_frames: int, num_given: int, measured: float | np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(gripper_open [F], rotation_deg [F 3]) of logits [1 F A], NaN without; in the given frames what was measured, where it was."""
+    if logits is None:
+        return np.full(num_frames, np.nan, np.float32), np.full((num_frames, 3), np.nan, np.float32)
     known = np.full(num_given, np.nan) if measured is None else np.atleast_1d(np.asarray(measured, np.float64))
     if known.shape != (num_given,) or ((known < 0) | (known > 1)).any():
         raise MvwanError(f"gripper_open={measured}: needed is one opening in 0..1 per given picture, of which there are {num_given}")
-    if logits is None:
-        return np.full(num_frames, np.nan, np.float32), np.full((num_frames, 3), np.nan, np.float32)
     gripper_open, rotation_deg = (values[0] for values in read_out(logits))
     gripper_open[:num_given] = np.where(np.isfinite(known), known, gripper_open[:num_given])
     return gripper_open, rotation_deg

@@ -239,6 +239,7 @@ def test_a_widened_recording_holds_layouts_that_the_stock_one_cannot_have(tmp_pa
     assert starts[False] <= 0.1 < 0.2 < starts[True] <= 0.3
     report = record("button-press-topdown", 1, tmp_path / "wide", size_px=32, progress=False, widened=True)
     assert report.episodes == {"button-press-topdown-v3": 1}
+    assert [episode.name for episode in read_lerobot(tmp_path / "wide")] == ["button-press-topdown-v3/widened-000000"]
 
 
 def test_a_task_without_widened_layouts_is_refused():

@@ -390,7 +390,7 @@ def record(
                     if not run.succeeded:
                         failed[name] += 1
                         continue
-                    _add(writer, run)
+                    _add(writer, run, widened)
                     num_frames += len(run.point_m)
                     bar.advance(line)
                     kept += 1
@@ -424,9 +424,9 @@ def _check_record(names: Sequence[str], episodes: int, seed: int, attempts: int,
         )
 
 
-def _add(writer: LeRobotWriter, run: Rollout) -> None:
+def _add(writer: LeRobotWriter, run: Rollout, widened: bool) -> None:
     writer.add_episode(
-        name=f"{run.task}/{run.layout_seed:06d}",
+        name=f"{run.task}/{'widened-' if widened else ''}{run.layout_seed:06d}",
         instruction=run.instruction,
         layout_seed=run.layout_seed,
         rgb=run.rgb,
