@@ -23,7 +23,7 @@ import typer
 from conv_net import SIZE_PX, ConvNet, Windows, fit, one_window, place_of, predict, read_windows
 
 from mvwan.cli import Door, Layouts, Seed
-from mvwan.closed_loop import FIRST_TUNING_LAYOUT, TrialSettings, attempt, peak_memory_mb, successes
+from mvwan.closed_loop import FIRST_TUNING_LAYOUT, TrialSettings, attempt, successes
 from mvwan.config import config_from_dict, parse_overrides
 from mvwan.data.dataset import WindowDataset, read_episodes
 from mvwan.evaluate import filled, spread
@@ -34,6 +34,7 @@ from mvwan.presets import config_from_preset
 from mvwan.sim.execution import Plan
 from mvwan.sim.metaworld import RESERVED_LAYOUTS, Simulator
 from mvwan.sim.tasks import task_name
+from mvwan.stages import peak_memory_mb
 from mvwan.tensors import TensorFile, write_tensors
 
 app = typer.Typer(cls=Door, help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -155,7 +156,10 @@ def trials(
     lines: list[dict[str, Any]] = []
     for name in dict.fromkeys([task_name(given) for given in task] if task else source.tasks):
         with Simulator(name, [recorded[camera] for camera in data.cameras or recorded], settings.widened) as simulator:
-            lines += [{"policy": "conv", **attempt(policy, simulator, seed, settings, (SIZE_PX, SIZE_PX))} for seed in range(first, first + number)]
+            lines += [
+                {"policy": "conv", **attempt(policy, simulator, seed, settings, (SIZE_PX, SIZE_PX))}
+                for seed in range(first, first + number)
+            ]
         typer.echo(f"{name}: {sum(line['success'] for line in lines if line['task'] == name)} of {number}")
     result = {"settings": asdict(settings), "final": final, "trials": number, "policies": ["conv"], "tasks": successes(lines)}
     seconds = round(time.monotonic() - started, 1)
