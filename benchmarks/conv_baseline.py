@@ -26,6 +26,7 @@ from mvwan.cli import Door, Layouts, Seed
 from mvwan.closed_loop import FIRST_TUNING_LAYOUT, TrialSettings, attempt, successes
 from mvwan.config import config_from_dict, parse_overrides
 from mvwan.data.dataset import WindowDataset, read_episodes
+from mvwan.data.transforms import resize
 from mvwan.evaluate import filled, spread
 from mvwan.files import read_json, whole_directory, write_json
 from mvwan.metrics import Tally, error_3d_mm
@@ -127,8 +128,9 @@ class Conv:
 
     def plan(self, seen: Seen) -> Plan:
         """The predicted path from here."""
+        rgb, cameras = resize(seen.rgb[:, None], seen.cameras, SIZE_PX, SIZE_PX)
         grip, place = np.full(1, np.nan, np.float32), place_of(seen.instruction, self._instructions)
-        (point_m,), (gripper_open,) = predict(self._net, one_window(seen.rgb, seen.cameras, seen.state.point_m[None], grip, place))
+        (point_m,), (gripper_open,) = predict(self._net, one_window(rgb[:, 0], cameras, seen.state.point_m[None], grip, place))
         found = np.flatnonzero(np.isfinite(point_m[: self._execute]).all(axis=-1))
         return Plan(point_m=point_m[found], gripper_open=gripper_open[found], stride=self._stride)
 
@@ -156,10 +158,7 @@ def trials(
     lines: list[dict[str, Any]] = []
     for name in dict.fromkeys([task_name(given) for given in task] if task else source.tasks):
         with Simulator(name, [recorded[camera] for camera in data.cameras or recorded], settings.widened) as simulator:
-            lines += [
-                {"policy": "conv", **attempt(policy, simulator, seed, settings, (SIZE_PX, SIZE_PX))}
-                for seed in range(first, first + number)
-            ]
+            lines += [{"policy": "conv", **attempt(policy, simulator, seed, settings)} for seed in range(first, first + number)]
         typer.echo(f"{name}: {sum(line['success'] for line in lines if line['task'] == name)} of {number}")
     result = {"settings": asdict(settings), "final": final, "trials": number, "policies": ["conv"], "tasks": successes(lines)}
     seconds = round(time.monotonic() - started, 1)

@@ -28,7 +28,6 @@ from rich.table import Table
 from mvwan import pictures
 from mvwan.checkpoint import find_checkpoint, read_manifest
 from mvwan.config import Config, config_from_dict
-from mvwan.data.transforms import resize
 from mvwan.errors import MvwanError
 from mvwan.files import json_line, read_json_lines, sha256_json, write_file, write_json
 from mvwan.metrics import rate_in_words, success_rate
@@ -280,8 +279,7 @@ def run_trial(trial: Trial) -> dict[str, Any]:
     config, demonstrations = _source(trial.checkpoint)
     policy = _policy(trial, config, demonstrations)
     simulator = _simulator(trial.checkpoint, trial.task, trial.settings.widened)
-    size_px = config.data.height_px, config.data.width_px
-    line = {"policy": trial.policy, **attempt(policy, simulator, trial.layout_seed, trial.settings, size_px, trial.film)}
+    line = {"policy": trial.policy, **attempt(policy, simulator, trial.layout_seed, trial.settings, trial.film)}
     if isinstance(policy, Predicted):
         residual = np.array(policy.residual_px)
         line |= {
@@ -292,12 +290,10 @@ def run_trial(trial: Trial) -> dict[str, Any]:
     return line | {"seconds": round(time.monotonic() - started, 2), "digest": trial.digest}
 
 
-def attempt(
-    policy: Policy, simulator: Simulator, layout_seed: int, settings: TrialSettings, size_px: tuple[int, int], film: Path | None = None
-) -> dict[str, Any]:
+def attempt(policy: Policy, simulator: Simulator, layout_seed: int, settings: TrialSettings, film: Path | None = None) -> dict[str, Any]:
     """What happened when any policy tried one layout of the simulator's task; the video of it is written to `film`.
 
-    The policy is shown pictures of `size_px` (height, width). The simulator was made with `settings.widened`.
+    The simulator was made with `settings.widened`, and with the cameras whose pictures the policy looks at.
     """
     simulator.reset(layout_seed)
     policy.begin(simulator.task, layout_seed, settings.widened)
@@ -305,7 +301,8 @@ def attempt(
     arm = Arm(simulator, settings.control_steps, watch=watch)
     plans = 0
     while not arm.is_done:
-        plan = policy.plan(_look(simulator, size_px, policy.looks))
+        rgb = simulator.render() if policy.looks else np.zeros((0, 0, 0, 3), np.uint8)
+        plan = policy.plan(Seen(rgb=rgb, cameras=simulator.cameras, state=simulator.state, instruction=simulator.instruction))
         plans += 1
         if watch is not None:
             watch.plan = plan
@@ -360,15 +357,6 @@ def _simulator(checkpoint: Path, task: str, widened: bool) -> Simulator:
     config, demonstrations = _source(checkpoint)
     recorded = {camera.name: camera for camera in demonstrations.training[0].cameras}
     return Simulator(task, [recorded[name] for name in config.data.cameras or recorded], widened)
-
-
-def _look(simulator: Simulator, size_px: tuple[int, int], needs_pictures: bool) -> Seen:
-    """The pictures as training saw them: rendered at the recorded size, then brought to `size_px`."""
-    rgb, cameras = np.zeros((0, 0, 0, 3), np.uint8), simulator.cameras
-    if needs_pictures:
-        resized, cameras = resize(simulator.render()[:, None], cameras, *size_px)
-        rgb = resized[:, 0]
-    return Seen(rgb=rgb, cameras=cameras, state=simulator.state, instruction=simulator.instruction)
 
 
 class _Film:

@@ -14,6 +14,7 @@ import numpy as np
 from mvwan.batch import Episode
 from mvwan.cameras import Camera
 from mvwan.data.dataset import held_out, read_episodes
+from mvwan.data.transforms import resize
 from mvwan.errors import MvwanError
 from mvwan.files import sha256_json
 from mvwan.sample import LoadedRun, predict
@@ -74,11 +75,14 @@ class Predicted:
         """The predicted path from here. A frame in which no point is found gives no waypoint."""
         noise_seed = int(np.random.default_rng(self._numbers).integers(2**31))
         self._numbers[-1] += 1
+        data = self._run.config.data
+        # As training saw them: rendered at the recorded size, then brought to the run's.
+        rgb, cameras = resize(seen.rgb[:, None], seen.cameras, data.height_px, data.width_px)
         prediction = predict(
             self._run,
-            seen.rgb,
+            rgb[:, 0],
             seen.instruction,
-            seen.cameras,
+            cameras,
             steps=self._denoise_steps,
             seed=noise_seed,
             point_m=seen.state.point_m,
