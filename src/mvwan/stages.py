@@ -38,6 +38,15 @@ class Stages:
         """Stage -> seconds it took when it was done, now or earlier."""
         return {name: cost["seconds"] for name, cost in self.costs.items()}
 
+    @staticmethod
+    def key_of(name: str, settings: Mapping[str, Any], after: str) -> str:
+        """The key of a stage that stands on the one of key `after`: another one for other settings of any of them."""
+        return sha256_json([after, name, dict(settings)])
+
+    def is_of_others(self, name: str, key: str, product: Path) -> bool:
+        """Whether a product is there that a stage of this name left with other settings."""
+        return product.exists() and self._known.get(name, {}).get("key") not in (None, key)
+
     def heading(self, title: str) -> None:
         """Nothing; prints the next number and the title."""
         self._number += 1
@@ -52,21 +61,21 @@ class Stages:
         work: Callable[[], Any],
         keep_stale: bool = False,
         after: str | None = None,
-    ) -> str:
-        """The stage's key. Does `work`, which makes `product`, unless that is finished already from these settings.
+    ) -> None:
+        """Does `work`, which makes `product`, unless that is finished already from these settings.
 
         It stands on the stage of key `after` and on those that one stands on, or on `start` alone; None: on the stage before. What an
         unfinished attempt with the same settings left is kept for `work` to go on with; what other settings left is removed first,
         unless `keep_stale`.
         """
         self.heading(name)
-        key = self._key = sha256_json([after or self._key, name, dict(settings)])
+        key = self._key = self.key_of(name, settings, after or self._key)
         found = self._known.get(name, {})
         is_same = found.get("key") == key
         if is_same and found["is_finished"] and product.exists():
             self.costs[name] = {cost: found[cost] for cost in ("seconds", "attempts", "peak_memory_mb") if cost in found}
             self._console.print(f"[dim]finished earlier, in {found['seconds']:.1f} s: {product}")
-            return key
+            return
         if not is_same and not keep_stale:
             remove(product)
         attempts = found.get("attempts", 1) + 1 if is_same and not found["is_finished"] else 1
@@ -77,7 +86,6 @@ class Stages:
         self.costs[name] = {"seconds": seconds, "attempts": attempts, "peak_memory_mb": peak_memory_mb()}
         self._remember(name, {"key": key, "is_finished": True, **self.costs[name]})
         self._console.print(f"[dim]{seconds:.1f} s")
-        return key
 
     def _remember(self, name: str, line: dict[str, Any]) -> None:
         self._known[name] = line
