@@ -23,7 +23,7 @@ import typer
 from conv_net import SIZE_PX, ConvNet, Windows, fit, one_window, place_of, predict, read_windows
 
 from mvwan.cli import Door, Layouts, Seed
-from mvwan.closed_loop import FIRST_TUNING_LAYOUT, TrialSettings, attempt, peak_memory_mb, successes
+from mvwan.closed_loop import FIRST_TUNING_LAYOUT, TrialSettings, attempt, successes
 from mvwan.config import config_from_dict, parse_overrides
 from mvwan.data.dataset import WindowDataset, read_episodes
 from mvwan.data.transforms import resize
@@ -35,6 +35,7 @@ from mvwan.presets import config_from_preset
 from mvwan.sim.execution import Plan
 from mvwan.sim.metaworld import RESERVED_LAYOUTS, Simulator
 from mvwan.sim.tasks import task_name
+from mvwan.stages import peak_memory_mb
 from mvwan.tensors import TensorFile, write_tensors
 
 app = typer.Typer(cls=Door, help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

@@ -44,6 +44,10 @@ INTERFACE = {
         *("--processes", "--videos", "--final", "--dry-run"),
     ],
     "demo": ["--output", "--task", "--episodes", "--steps", "--windows", "--trials", "--seed", "--fresh"],
+    "reproduce": [
+        *("table", "--output", "--steps", "--trials", "--demonstrations", "--task", "--switch", "--set", "--execute", "--denoise-steps"),
+        *("--seed", "--processes", "--baseline", "--baseline-steps", "--tuning", "--fresh", "--dry-run"),
+    ],
     "checkpoint inspect": ["path", "--json"],
     "checkpoint verify": ["path", "--against"],
     "checkpoint diff": ["a", "b", "--json"],

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from mvwan import __version__
 from mvwan.cli_checkpoint import checkpoints, console
+from mvwan.cli_reproduce import reproduce
 from mvwan.config import Config, LoraConfig, TrainableConfig, config_from_dict, dump_yaml, merge, parse_overrides, read_yaml
 from mvwan.errors import MvwanError, PreemptedError
 from mvwan.presets import PRESETS, preset
@@ -436,6 +437,9 @@ def demo(
     from mvwan.demo import run_demo
 
     run_demo(output, task=task, episodes=episodes, steps=steps, windows=windows, trials=trials, seed=seed, fresh=fresh)
+
+
+app.command(epilog="Example: mvwan reproduce metaworld7 --dry-run")(reproduce)
 
 
 def main() -> None:

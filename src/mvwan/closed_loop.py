@@ -11,7 +11,6 @@ metric and no page.
 
 import multiprocessing
 import os
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -37,6 +36,7 @@ from mvwan.sample import LoadedRun, load_run
 from mvwan.sim.execution import Arm, Plan
 from mvwan.sim.metaworld import CONTROL_STEPS_PER_SECOND, RESERVED_LAYOUTS, Simulator
 from mvwan.sim.tasks import WIDENED, task_name
+from mvwan.stages import peak_memory_mb
 
 FORMAT_VERSION = 1
 FIRST_TUNING_LAYOUT = 800_000
@@ -407,8 +407,3 @@ def render(result: Mapping[str, Any]) -> Table:
     for task, measured in result["tasks"].items():
         table.add_row(task, *(rate_in_words(measured[policy]) for policy in result["policies"]), end_section=task == last)
     return table
-
-
-def peak_memory_mb() -> int:
-    """Of the largest process so far, this one or a worker."""
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) // 1024

@@ -1,13 +1,10 @@
 """The whole way in one command: record, encode, fine-tune with the switch off and on, evaluate, let the arm move, report.
 
-Each stage leaves its mark in `stages.json` with a key of the settings it was made from. A finished stage is not repeated while its
-settings and those before it stay the same, and a training that was cut off goes on from its newest checkpoint. Knows no model and
-no pixel.
+A stage that `stages` finds finished is not repeated, and a training that was cut off goes on from its newest checkpoint. Knows no model
+and no pixel.
 """
 
-import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,12 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.panel import Panel
 
-import mvwan
 from mvwan.config import Config
 from mvwan.data.dataset import WindowDataset, read_episodes
-from mvwan.errors import MvwanError
 from mvwan.evaluate import FORMAT_VERSION, evaluate_prediction, read_evaluation, render
-from mvwan.files import read_json, sha256_json, write_json
+from mvwan.files import read_json
 from mvwan.latent_cache import build_cache
 from mvwan.model.latents import LatentCodec, codec_digest
 from mvwan.model.surgery import trainable_table
@@ -30,59 +25,14 @@ from mvwan.model.wan import base_digest
 from mvwan.presets import config_from_preset
 from mvwan.report import write_report
 from mvwan.run_record import RunRecord, findings
+from mvwan.stages import Stages, prepare_folder
 from mvwan.train import train
 
-_MARK = "stages.json"
+_PRODUCTS = ("demonstrations", "latents", "off", "on", "report.html")
 _PICTURED_WINDOWS = 2
 _DENOISE_STEPS = 5
 _CONTROL_STEPS = 200
 """After which a trial is given up: twice what the expert needs."""
-
-
-class Stages:
-    """What is finished in the folder of a demo, from which settings, and how long it took."""
-
-    def __init__(self, folder: Path, console: Console) -> None:
-        self._path = folder / _MARK
-        self._console = console
-        self._known: dict[str, dict[str, Any]] = read_json(self._path) if self._path.is_file() else {}
-        self._key = sha256_json(mvwan.__version__)
-        self._number = 0
-        self.seconds: dict[str, float] = {}
-        """Stage -> seconds it took when it was done, now or earlier."""
-
-    def heading(self, title: str) -> None:
-        """Nothing; prints the next number and the title."""
-        self._number += 1
-        self._console.print()
-        self._console.rule(f"[bold]{self._number}. {title}", align="left")
-
-    def run(self, name: str, settings: Mapping[str, Any], product: Path, work: Callable[[], Any], keep_stale: bool = False) -> None:
-        """Does `work`, which makes `product`, unless that is finished already from these settings after the same earlier stages.
-
-        What an unfinished attempt with the same settings left is kept for `work` to go on with; what other settings left is removed
-        first, unless `keep_stale`.
-        """
-        self.heading(name)
-        self._key = sha256_json([self._key, name, dict(settings)])
-        found = self._known.get(name, {})
-        is_same = found.get("key") == self._key
-        if is_same and found["is_finished"] and product.exists():
-            self.seconds[name] = found["seconds"]
-            self._console.print(f"[dim]finished earlier, in {found['seconds']:.1f} s: {product}")
-            return
-        if not is_same and not keep_stale:
-            _remove(product)
-        self._remember(name, is_finished=False)
-        start = time.monotonic()
-        work()
-        self.seconds[name] = round(time.monotonic() - start, 1)
-        self._remember(name, is_finished=True)
-        self._console.print(f"[dim]{self.seconds[name]:.1f} s")
-
-    def _remember(self, name: str, is_finished: bool) -> None:
-        self._known[name] = {"key": self._key, "is_finished": is_finished, "seconds": self.seconds.get(name, 0.0)}
-        write_json(self._path, self._known)
 
 
 def run_demo(
@@ -103,7 +53,7 @@ def run_demo(
     earlier demo left. Raises `MvwanError` when `output` holds something that is no demo.
     """
     output, console = Path(output), console or Console(highlight=False)
-    _prepare(output, fresh)
+    prepare_folder(output, "demo", fresh, _PRODUCTS)
     from mvwan.closed_loop import TrialSettings, evaluate_closed_loop
     from mvwan.closed_loop import render as render_trials
     from mvwan.sim.metaworld import record
@@ -158,24 +108,6 @@ def run_demo(
     console.print(Panel("\n".join(f"• {sentence}" for sentence in findings(records)), title="In short", title_align="left"))
     console.print(f"report: {path}", soft_wrap=True)
     return path
-
-
-def _prepare(output: Path, fresh: bool) -> None:
-    """Makes the folder ready. Raises `MvwanError` when it holds something that no demo left there."""
-    if output.exists() and not output.is_dir():
-        raise MvwanError(f"--output {output}: a file, not a folder. Choose another --output.")
-    if output.is_dir() and any(output.iterdir()) and not (output / _MARK).is_file():
-        raise MvwanError(f"--output {output}: holds something that is no demo of mvwan. Choose another --output, or remove it yourself.")
-    if fresh:
-        for name in ("demonstrations", "latents", "off", "on", "report.html", _MARK):
-            _remove(output / name)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _config(demonstrations: Path, latents: Path, steps: int, seed: int, switch: bool) -> Config:

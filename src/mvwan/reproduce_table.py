@@ -1,0 +1,101 @@
+"""The results of a reproduction as Markdown: success rates, settings, costs. Knows no run and no file."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mvwan.metrics import rate_in_words
+
+_SETTINGS = (
+    ("base", "base.source"),
+    ("fusion", "model.fusion"),
+    ("action head", "model.action_head"),
+    ("optimizer steps", "train.steps"),
+    ("windows per micro-batch", "train.batch_size"),
+    ("micro-batches per step", "train.gradient_accumulation"),
+    ("learning rate", "train.learning_rate"),
+    ("schedule", "train.schedule"),
+    ("weight of RGB", "train.rgb_weight"),
+    ("frames per window", "data.num_frames"),
+    ("recorded frames apart", "data.frame_interval"),
+    ("picture", "data.height_px"),
+    ("share held out", "data.validation_share"),
+    ("seed", "seed"),
+)
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The text of `results.md` for what `reproduce.collect` gives, a heading of level 2 at its top."""
+    parts = [f"## {result['suite']}", _about(result)]
+    for table in result["tables"]:
+        parts += [f"### {table['demonstrations']} demonstrations per task", _rates(table["rates"], result["tasks"])]
+    parts += ["### Settings", f"```bash\n{result['command']}\n```", _settings(result)]
+    parts += ["### Cost", _cost(result["stages"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _about(result: Mapping[str, Any]) -> str:
+    first, last = result["layouts"]
+    kind = "widened" if result["widened"] else "stock"
+    lines = [
+        f"Successes in Meta-World on {kind} layouts {first} to {last} of each task, with 95 % Wilson intervals. One model for all tasks."
+    ]
+    if result["final"]:
+        lines.append("These layouts are kept for this measurement; nothing is chosen on them.")
+    else:
+        lines.append("**Tuning layouts**: settings may have been chosen on them, so these are not final results.")
+    lines.append(
+        "`replay` follows a demonstration without looking, `expert waypoints` the scripted expert's own path on that very layout, `hold` "
+        "stays."
+    )
+    if result["published"]:
+        lines.append(f"`published`: {result['published']['source']}; its layouts and its protocol are not ours.")
+    if missing := result["unfinished_stages"]:
+        lines.append(f"**Unfinished**: {len(missing)} stages are still to come.")
+    return " ".join(lines)
+
+
+def _rates(rates: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> str:
+    rows = [
+        [
+            f"**{task}**" if task == "all" else task,
+            *(rate_in_words(rates[column][task]) if task in rates[column] else "–" for column in rates),
+        ]
+        for task in (*tasks, "all")
+    ]
+    return _table(["task", *rates], rows)
+
+
+def _settings(result: Mapping[str, Any]) -> str:
+    rows = []
+    for label, name in _SETTINGS:
+        value: Any = result["config"]
+        for part in name.split("."):
+            value = value[part]
+        rows.append([label, f"{value:g}" if isinstance(value, float) else str(value)])
+    trial = result["trial_settings"]
+    rows += [[name.replace("_", " "), str(trial[name])] for name in ("execute", "denoise_steps", "control_steps")]
+    rows += [["mvwan", result["version"]]]
+    return _table(["setting", "value"], rows, numbers=False)
+
+
+def _cost(stages: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for name, cost in stages.items():
+        again = f" (attempt {cost['attempts']}; earlier ones not counted)" if cost["attempts"] > 1 else ""
+        rows.append([name + again, _clock(cost["seconds"])])
+    rows.append(["**all**", _clock(sum(cost["seconds"] for cost in stages.values()))])
+    peak = max((cost["peak_memory_mb"] for cost in stages.values()), default=0)
+    return f"{_table(['stage', 'wall time'], rows)}\n\nThe largest process held {peak:,} MB."
+
+
+def _clock(seconds: float) -> str:
+    """`1 h 02 min`, `12 min 05 s`, `8 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
+    """A Markdown table; all columns but the first are `numbers`, which stand right."""
+    rule = ["---", *(["---:" if numbers else "---"] * (len(columns) - 1))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rule, *rows))
