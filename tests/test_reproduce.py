@@ -1,0 +1,96 @@
+"""The tables of results, really made at their smallest through the command a user types, and what a second call does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mvwan.errors import MvwanError
+from mvwan.files import read_json, read_json_lines, write_json
+from mvwan.reproduce_table import markdown
+from mvwan.sim.metaworld import RESERVED_LAYOUTS
+from mvwan.suites import SUITES, Reproduction
+
+TASK = "handle-press-v3"
+SMALLEST = ["--task", "handle-press", "--demonstrations", "2", "--steps", "2", "--trials", "1", "--execute", "4", "--denoise-steps", "1"]
+SMALLEST += [word for name in ("num_frames=5", "height_px=64", "width_px=64", "window_stride=16") for word in ("--set", f"data.{name}")]
+
+
+def reproduce(output: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mvwan", "reproduce", "metaworld7", "--output", str(output), *SMALLEST, *words]
+    environment = {**os.environ, "COLUMNS": "150", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(folder, what was printed) of the smallest table."""
+    output = tmp_path_factory.mktemp("tables") / "metaworld7"
+    done = reproduce(output, "--switch", "off", "--tuning")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return output, done.stdout
+
+
+def test_the_table_shows_rates_beside_controls_and_says_what_they_are_worth(made: tuple[Path, str]) -> None:
+    output, printed = made
+    text = (output / "results.md").read_text()
+    assert "| task | switch off | replay | expert waypoints | hold | published |" in text
+    row = next(line for line in text.splitlines() if line.startswith(f"| {TASK} "))
+    assert "1/1, 21–100 %" in row and "25/25, 87–100 %" in row
+    assert "**Tuning layouts**" in text and "Unfinished" not in text
+    assert "--tuning" in text and "optimizer steps | 2 |" in text
+    assert "Train on 2 demonstrations per task, switch off" in text and "wall time" in text
+    lines = read_json_lines(output / "2" / "off" / "rollouts.jsonl")
+    assert {line["layout_seed"] for line in lines} == {800_000}
+    assert printed.rstrip().endswith(f"results: {output / 'results.md'}")
+
+
+def test_a_second_call_repeats_nothing_and_other_settings_lose_nothing(made: tuple[Path, str]) -> None:
+    output, _ = made
+    before = (output / "2" / "off" / "rollouts.jsonl").read_text()
+    again = reproduce(output, "--switch", "off", "--tuning")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("finished earlier") == 4
+    other = reproduce(output, "--switch", "off", "--tuning", "--set", "train.learning_rate=1e-4")
+    assert other.returncode == 2 and "made with other settings" in other.stderr
+    assert (output / "2" / "off" / "rollouts.jsonl").read_text() == before
+
+
+def test_a_dry_run_names_every_stage_and_does_nothing(tmp_path: Path) -> None:
+    done = reproduce(tmp_path / "new", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for number, stage in enumerate(("Record", "Encode", "Train on", "Let the arm move", "Train on", "Let the arm move"), 1):
+        assert f"\n{number}. {stage}" in done.stdout
+    assert f"first_layout {RESERVED_LAYOUTS}" in done.stdout
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_published_numbers_are_those_printed() -> None:
+    published = SUITES["metaworld7"].published
+    assert published is not None
+    assert round(100 * sum(published.values()) / (25 * len(published)), 1) == 89.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"suite": "metaworld8"}, "no such table"),
+        ({"overrides": ["train.steps=5"]}, "--steps decides it here"),
+        ({"seed": 799_999}, "must stay below 800000"),
+        ({"suite": "metaworld7-wide", "tasks": ["door-open"], "baseline": Path(__file__)}, "no widened layouts"),
+        ({"suite": "metaworld7-wide", "baseline": Path("nowhere.py")}, "no such script"),
+        ({"trials": 0}, "--trials 0"),
+    ],
+)
+def test_what_cannot_be_reproduced_is_refused_at_once(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(MvwanError, match=message):
+        Reproduction(**{"suite": "metaworld7", "output": tmp_path, **changes})
+
+
+def test_an_unfinished_table_says_so(made: tuple[Path, str], tmp_path: Path) -> None:
+    result = read_json(made[0] / "results.json")
+    write_json(tmp_path / "results.json", {**result, "unfinished_stages": ["Train on more"], "final": True})
+    text = markdown(read_json(tmp_path / "results.json"))
+    assert "**Unfinished**: 1 stages" in text and "nothing is chosen on them" in text
