@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from mvwan import cli
-from mvwan.demo import Stages, run_demo
+from mvwan.demo import run_demo
 from mvwan.errors import MvwanError
-from mvwan.files import write_json
 from mvwan.model.wan import TINY_FOLDER
 from tests.test_report import Page
 
@@ -163,41 +162,3 @@ def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(MvwanError, match="no demo of mvwan"):
         run_demo(tmp_path, fresh=True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
-
-
-def test_stages_are_keyed_by_settings_and_forerunners(tmp_path: Path) -> None:
-    from rich.console import Console
-
-    done: list[str] = []
-
-    def play(first: int, second: int, fail: bool = False) -> None:
-        stages = Stages(tmp_path, Console(quiet=True))
-
-        def work(name: str, product: Path) -> None:
-            product.mkdir(exist_ok=True)
-            (product / f"{name}-{len(done)}").touch()
-            done.append(name)
-            if fail:
-                raise KeyboardInterrupt
-
-        stages.run("a", {"value": first}, tmp_path / "a", lambda: work("a", tmp_path / "a"))
-        stages.run("b", {"value": second}, tmp_path / "b", lambda: work("b", tmp_path / "b"))
-
-    write_json(tmp_path / "stages.json", {})
-    play(1, 1)
-    play(1, 1)
-    assert done == ["a", "b"]
-    play(1, 2)
-    assert done == ["a", "b", "b"]
-    assert len(list((tmp_path / "b").iterdir())) == 1, "what other settings left is removed"
-    play(2, 2)
-    assert done[3:] == ["a", "b"], "a stage depends on those before it"
-    with pytest.raises(KeyboardInterrupt):
-        play(3, 2, fail=True)
-    play(3, 2)
-    assert done[5:] == ["a", "a", "b"]
-    assert len(list((tmp_path / "a").iterdir())) == 2, "an unfinished attempt is gone on with"
-    (tmp_path / "b" / "b-7").unlink()
-    (tmp_path / "b").rmdir()
-    play(3, 2)
-    assert done[8:] == ["b"], "a product that is gone is made again"
