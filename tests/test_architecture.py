@@ -26,6 +26,7 @@ FLOORS: dict[float, tuple[str, ...]] = {
         "heatmaps",
         "metrics",
         "model.native_names",
+        "evaluation_table",
         "model.trainable_table",
         "pictures",
         "report_figures",

@@ -45,30 +45,59 @@ def test_at_the_start_of_an_episode_nothing_is_known_of_its_speed(windows) -> No
 
 def test_the_nearest_demonstration_of_a_training_window_is_itself(windows) -> None:
     training = windows["train"]
-    nearest = NearestDemonstration(training)
+    nearest = NearestDemonstration(training, 1)
     for index in (0, 3, len(training) - 1):
         sample = training.sample(index)
-        answer = nearest.answer(sample, 1)
-        assert answer.rgb is not None
+        answer = nearest.answer(sample)
+        assert answer is not None and answer.rgb is not None
         assert (answer.rgb == sample.rgb).all()
         assert answer.point_m == pytest.approx(sample.point_m)
         assert answer.uv_px == pytest.approx(sample.uv_px, abs=1e-3)
 
 
-def test_the_nearest_demonstration_keeps_what_is_given_and_goes_its_own_way(windows) -> None:
-    sample = windows["validation"].sample(1)
-    answer = NearestDemonstration(windows["train"]).answer(sample, 1)
-    paths = [windows["train"].sample(index).point_m[1:] for index in range(len(windows["train"]))]
-    assert (answer.point_m[0] == sample.point_m[0]).all()
-    assert any(np.array_equal(answer.point_m[1:], path) for path in paths)
-    assert answer.rgb is not None and (answer.rgb[:, 0] == sample.rgb[:, 0]).all()
+@pytest.mark.parametrize("given", [1, 2])
+def test_the_nearest_demonstration_keeps_what_is_given_and_goes_its_own_way_from_there(windows, given) -> None:
+    sample, last = windows["validation"].sample(1), given - 1
+    answer = NearestDemonstration(windows["train"], given).answer(sample)
+    assert answer is not None and answer.rgb is not None
+    steps_m = [np.diff(windows["train"].sample(index).point_m[last:], axis=0) for index in range(len(windows["train"]))]
+    assert (answer.point_m[:given] == sample.point_m[:given]).all() and (answer.rgb[:, :given] == sample.rgb[:, :given]).all()
+    assert any(np.allclose(np.diff(answer.point_m[last:], axis=0), path, atol=1e-9) for path in steps_m)
+    seen = np.stack([camera.project(answer.point_m)[0] for camera in sample.cameras])
+    assert answer.uv_px == pytest.approx(seen)
 
 
-def test_without_a_demonstration_of_the_instruction_it_holds(windows) -> None:
+def test_both_pictures_and_points_choose_the_nearest_demonstration(windows) -> None:
+    """Pictures of one window with the point of another: whichever of the two is found, no third one is nearer in either."""
+    training = windows["train"]
+    nearest = NearestDemonstration(training, 1)
+    one, other = training.sample(0), training.sample(len(training) - 1)
+    by_point = nearest.answer(dataclasses.replace(one, rgb=np.full_like(one.rgb, 90)))
+    by_picture = nearest.answer(dataclasses.replace(other, point_m=np.full_like(other.point_m, np.nan)))
+    assert by_point is not None and by_picture is not None and by_picture.rgb is not None
+    assert np.diff(by_point.point_m, axis=0) == pytest.approx(np.diff(one.point_m, axis=0), abs=1e-6)
+    assert (by_picture.rgb[:, 1:] == other.rgb[:, 1:]).all()
+    assert by_picture.point_m[1:] == pytest.approx(other.point_m[1:]), "a start without a label moves nothing"
+
+
+def test_without_a_demonstration_of_the_instruction_there_is_no_answer(windows) -> None:
     sample = dataclasses.replace(windows["validation"].sample(0), instruction="dance")
-    answer = NearestDemonstration(windows["train"]).answer(sample, 1)
-    assert (answer.point_m == sample.point_m[0]).all()
+    assert NearestDemonstration(windows["train"], 1).answer(sample) is None
 
 
-def test_first_pictures_are_those_of_the_whole_sample(windows) -> None:
-    assert (windows["train"].first_pictures(2) == windows["train"].sample(2).rgb[:, 0]).all()
+def test_pictures_read_together_are_those_of_the_whole_samples(windows) -> None:
+    training = windows["train"]
+    wanted = [*range(len(training)), 0]
+    read = list(training.pictures_at(wanted, 2))
+    assert len(read) == len(wanted)
+    assert all((pictures == training.sample(index).rgb[:, 2]).all() for pictures, index in zip(read, wanted, strict=True))
+
+
+def test_a_predecessor_without_a_label_says_nothing_of_speed(windows) -> None:
+    validation = windows["validation"]
+    window = validation.windows[2]
+    point_m = window.episode.point_m.copy()
+    point_m[window.frames[0] - 1] = np.nan
+    unlabelled = dataclasses.replace(window, episode=dataclasses.replace(window.episode, point_m=point_m))
+    answer = constant_velocity(validation.sample(2), unlabelled, 1)
+    assert (answer.point_m == validation.sample(2).point_m[0]).all()

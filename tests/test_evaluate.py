@@ -1,16 +1,19 @@
 """Measures of a real two-step run: the baselines are what they claim, held-out means held out, and nothing counts the given frame."""
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from mvwan import metrics
+from mvwan.baselines import NearestDemonstration
 from mvwan.batch import Prediction, Sample
 from mvwan.config import Config
-from mvwan.data.dataset import read_episodes
+from mvwan.data.dataset import WindowDataset, read_episodes
 from mvwan.errors import MvwanError
 from mvwan.evaluate import (
     Tallies,
@@ -19,10 +22,10 @@ from mvwan.evaluate import (
     held_out_windows,
     load_prediction,
     measure_window,
-    render,
     sample_window,
     spread,
 )
+from mvwan.evaluation_table import read_evaluation, render
 from mvwan.heatmaps import render as render_heat
 from mvwan.metrics import Tally
 from mvwan.presets import config_from_preset
@@ -133,16 +136,22 @@ def test_evaluation_of_a_run(folder: Path, run: LoadedRun) -> None:
     for source in ("predicted", "hold_first", "nearest", "codec"):
         measures = result["measures"][source]
         assert measures["rgb_psnr_db"]["mean"] == pytest.approx(metrics.psnr_db(measures["rgb_squared_error"]["mean"]), abs=0.01)
-        assert len(measures["peak_error_px"]["per_view"]) == 3
+        assert len(measures["peak_error_px"]["per_view"]) == len(measures["rgb_psnr_db"]["per_view"]) == 3
         assert 0 <= measures["peak_error_px"]["median"] <= measures["peak_error_px"]["p95"]
         assert measures["within_2_px"]["mean"] <= measures["within_4_px"]["mean"] <= measures["within_8_px"]["mean"]
+        assert measures["error_3d_mm"]["per_view"] == []
+        for name, statistics in measures.items():
+            for told in (statistics, *statistics["per_view"]):
+                assert len(told["per_frame"]) == 5 and told["per_frame"][0] is None, f"{name}: the given frame is measured"
+        told = measures["peak_error_px"]
+        assert told["count"] == sum(view["count"] for view in told["per_view"])
+        weighted = sum(view["count"] * view["mean"] for view in told["per_view"]) / told["count"]
+        assert told["mean"] == pytest.approx(weighted, abs=1e-3)
+        assert all(view["median"] <= view["p95"] for view in told["per_view"])
     assert "rgb_psnr_db" not in result["measures"]["constant_velocity"]
-    assert result["per_frame"]["error_3d_mm"]["hold_first"][0] == 0 < result["per_frame"]["error_3d_mm"]["hold_first"][1]
-    frames = result["per_frame"]["peak_error_px"]
-    assert frames["hold_first"][0] == 0
-    assert frames["predicted"][0] == pytest.approx(0, abs=0.1)
-    assert len(frames["predicted"]) == 5
-    assert len(render(result).rows) == 14
+    steps = result["measures"]["hold_first"]["error_3d_mm"]["per_frame"][1:]
+    assert steps == sorted(steps) and steps[0] > 0, "the ball goes straight on, so holding is off by more and more"
+    assert result["nearest_windows"] == result["num_windows"]
     stored = load_prediction(folder / result["windows"][0]["pictures"])
     assert stored["true_rgb"].shape == stored["predicted_rgb"].shape == stored["true_heat"].shape == (3, 5, 64, 64, 3)
     assert str(stored["prompt"]) == "move the ball"
@@ -155,6 +164,40 @@ def test_evaluation_of_a_run(folder: Path, run: LoadedRun) -> None:
     )
     assert other["codec_key"] != "of other windows"
     assert other["measures"]["codec"]["peak_error_px"]["count"] == 3 * 4
+
+    assert read_evaluation(folder / "evaluation.json") == result
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(render(result))
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= 100
+    for words in ("constant velocity", "hold first", "heatmaps without a peak, share", "left", "front", "3-D, mm", "does not see"):
+        assert any(words in line for line in lines), f"{words!r} is cut or missing"
+    assert not any(line.rstrip("│ ").endswith("…") for line in lines)
+
+
+def test_a_view_that_does_not_see_the_point_says_nothing_about_disagreement(run: LoadedRun, sample: Sample) -> None:
+    """A peak where nothing is to be seen is wrong, but not a contradiction of views."""
+    visible = sample.visible.copy()
+    visible[0] = False
+    uv_px = sample.uv_px.copy()
+    uv_px[0] += 20
+    hidden = dataclasses.replace(sample, visible=visible)
+    disagreement = measured_of(run, hidden, perfect(hidden, uv_px=uv_px))["predicted"]["view_disagreement_px"]
+    assert disagreement[0].count == 0
+    assert total(disagreement).count == visible[:, 1:].sum() and total(disagreement).mean < 1e-3
+    assert total(measured_of(run, sample, perfect(sample, uv_px=uv_px))["predicted"]["view_disagreement_px"]).mean > 1
+
+
+def test_a_window_without_a_demonstration_has_no_nearest_column_and_the_table_says_so(run: LoadedRun, sample: Sample, folder: Path) -> None:
+    held_out = held_out_windows(run)
+    nearest = NearestDemonstration(WindowDataset(read_episodes(run.config.data.root), run.config.data, 3, "train", run.config.seed), 1)
+    for instruction, expected in ((sample.instruction, True), ("dance", False)):
+        told = dataclasses.replace(sample, instruction=instruction)
+        assert ("nearest" in answers_of(run, told, perfect(told), held_out.windows[0], nearest)) is expected
+    result = read_evaluation(folder / "evaluation.json")
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(render(result | {"num_windows": 9}))
+    assert f"nearest: {result['nearest_windows']} of 9 windows have a training demonstration" in shown.getvalue()
 
 
 def test_a_foreign_data_set_is_held_out_whole(run: LoadedRun, tiny_demonstrations: Path, tmp_path: Path) -> None:

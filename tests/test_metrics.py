@@ -17,8 +17,11 @@ def truth():
 
 
 def test_tallies_are_put_together_before_they_are_summarised():
-    both = Tally(values=(10.0,)) + Tally(values=(0.0, 1.0, 1.0), lost=2)
-    assert both == Tally(values=(10.0, 0.0, 1.0, 1.0), lost=2)
+    both = Tally(values=(10.0,), frames=(1,)) + Tally(values=(0.0, 1.0, 1.0), frames=(1, 2, 3), lost=2)
+    assert both == Tally(values=(10.0, 0.0, 1.0, 1.0), frames=(1, 1, 2, 3), lost=2)
+    assert both.at(1).values == (10, 0) and both.at(3).values == (1,) and both.at(0) == Tally()
+    # By hand: 95 % of the way along the sorted 0, 1, 1, 10 is place 2.85, so 1 + 0.85 * 9.
+    assert both.quantile(0.95) == pytest.approx(8.65)
     assert (both.count, both.mean, both.quantile(0.5), both.quantile(1.0)) == (4, 3, 1, 10)
     assert math.isnan(Tally().mean) and math.isnan(Tally().quantile(0.5))
 
@@ -40,6 +43,8 @@ def test_invisible_points_do_not_count_and_lost_ones_are_told(truth):
     predicted[0, 3] = np.nan
     first, second = metrics.peak_error_px(predicted, truth, visible)
     assert (first.count, first.lost, second.count, second.lost) == (7, 1, 7, 0)
+    assert (first.frames, second.frames) == ((1, 2, 4, 5, 6, 7, 8), (1, 2, 3, 4, 6, 7, 8))
+    assert [(share.mean, share.count) for share in metrics.lost_share(predicted, visible)] == [(1 / 8, 8), (0, 7)]
     np.testing.assert_allclose((first.mean, second.mean), 5)
     found, _ = metrics.pck(predicted, truth, visible, 5.001)
     assert (sum(found.values), found.count) == (7, 8)
@@ -105,9 +110,16 @@ def test_ssim_of_equal_and_of_unlike_pictures():
     predicted[1] = rng.integers(0, 255, predicted[1].shape, dtype=np.uint8)
     predicted[:, 0] = 0
     same, unlike = metrics.ssim(predicted, true)
-    assert (same.count, unlike.count) == (4, 4)
+    assert (same.count, unlike.count) == (4, 4) and same.frames == (1, 2, 3, 4)
     np.testing.assert_allclose(same.mean, 1, atol=1e-5)
     assert abs(unlike.mean) < 0.1
+
+
+def test_ssim_of_even_pictures_by_hand():
+    true = np.full((1, 5, 32, 32, 3), 100, np.uint8)
+    # Without any structure only the means are left of equation 13: (2 * 100 * 150 + c) / (100^2 + 150^2 + c), c = (0.01 * 255)^2.
+    by_hand = (2 * 100 * 150 + 2.55**2) / (100**2 + 150**2 + 2.55**2)
+    assert metrics.ssim(true + np.uint8(50), true)[0].mean == pytest.approx(by_hand, abs=5e-4), "float32 costs 2e-4"
 
 
 def test_hold_first_and_constant_velocity():

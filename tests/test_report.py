@@ -76,27 +76,24 @@ def write_run(folder: Path, switch: bool, errors: list[float], hold: float = 8.0
             "rgb_psnr_db": 30 - error,
             "rgb_ssim": 0.9,
         }
+        statistics = {name: {"mean": value, "median": value, "p95": 2 * value, "count": 9, "lost": 0} for name, value in names.items()}
+        growing = [None, *(error * frame for frame in range(1, 5))]
         return {
-            name: {"mean": value, "median": value, "p95": 2 * value, "count": 9, "lost": 0, "per_view": [value, value + 1]}
-            for name, value in names.items()
+            name: {**told, "per_frame": growing, "per_view": [told, told | {"mean": told["mean"] + 1}]} for name, told in statistics.items()
         }
 
     mean = sum(errors) / len(errors)
-    predicted = measures(mean) | {"view_disagreement_px": {"mean": 1.25, "count": 9, "lost": 0, "per_view": [1, 1.5]}}
+    predicted = measures(mean) | {"view_disagreement_px": {"mean": 1.25, "median": 1.0, "p95": 2.0}}
     windows = [
         {"sample_id": f"drawer/000001@{4 * place}#0", "predicted_peak_error_px": error, "hold_first_peak_error_px": hold}
         for place, error in enumerate(errors)
     ]
     windows[0]["pictures"] = "predictions/00.npz"
     evaluation = {
-        "format_version": 2, "num_windows": len(errors),
+        "format_version": 3, "num_windows": len(errors),
         "episodes": ["drawer/000001"], "views": ["left", "top"], "num_frames": 5, "given_frames": 1,
         "denoise_steps": 5, "seed": 0, "size_px": [32, 48], "found_within_px": 1.6, "windows": windows,
         "measures": {"predicted": predicted, "hold_first": measures(hold), "codec": measures(2.0), "nearest": measures(3.0)},
-        "per_frame": {
-            name: {"predicted": [0.0, 1, 2, 3, 4], "hold_first": [0.0, 2, 4, 6, 8], "nearest": [0.0, 3, 3, 3, 3]}
-            for name in ("peak_error_px", "error_3d_mm")
-        },
     }  # fmt: skip
     write_json(folder / "evaluation.json", evaluation)
     draw = np.random.default_rng(int(switch))
@@ -211,6 +208,7 @@ def test_figures_hold_the_numbers(page: Page) -> None:
         "Held out, heat",
         "Peak error by frame",
         "3-D error by frame",
+        "RGB PSNR by frame",
         "Peak error by window",
         "Path of the tool point",
     ]
@@ -225,7 +223,7 @@ def test_figures_hold_the_numbers(page: Page) -> None:
         f"{run}, sigma {band}" for run in ("off", "on") for band in ("0.00-0.25", "0.25-0.50")
     ]
     hold = by_title["Peak error by frame"]["data"][0]
-    assert (hold["x"], hold["y"]) == ([1, 2, 3, 4], [2, 4, 6, 8])
+    assert (hold["x"], hold["y"]) == ([1, 2, 3, 4], [8, 16, 24, 32])
     assert by_title["Path of the tool point"]["data"][1]["x"][2] is None
     assert {line["line"]["color"] for line in by_title["Peak error by frame"]["data"]} == {"var:hold", "var:nearest", "var:off", "var:on"}
 
@@ -248,9 +246,9 @@ def test_one_run_alone(runs: dict[str, Path], tmp_path: Path) -> None:
 
 def test_a_missing_file_is_named_and_nothing_written(runs: dict[str, Path], tmp_path: Path) -> None:
     folder = write_run(tmp_path / "half", False, [1.0])
-    old = json.loads((folder / "evaluation.json").read_text()) | {"format_version": 1}
+    old = json.loads((folder / "evaluation.json").read_text()) | {"format_version": 2}
     (folder / "evaluation.json").write_text(json.dumps(old))
-    with pytest.raises(MvwanError, match=r"format 1, this version reads 2. Run `mvwan evaluate` again"):
+    with pytest.raises(MvwanError, match=r"format 2, this version reads 3. Run `mvwan evaluate` again"):
         write_report({"off": folder}, tmp_path / "report.html")
     (folder / "evaluation.json").unlink()
     with pytest.raises(MvwanError, match=r"evaluation\.json"):

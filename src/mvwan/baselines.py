@@ -37,8 +37,8 @@ def hold_first(sample: Sample, given: int) -> Answer:
 def constant_velocity(sample: Sample, window: Window, given: int) -> Answer:
     """The point goes on as fast as between the last two given frames.
 
-    Where one frame is given, its predecessor in the recording is looked at, which the run does not see: an advantage. At the start of an
-    episode there is none, and the point stays.
+    Where one frame is given, its predecessor in the recording is looked at, which the run does not see: an advantage. Where there is
+    none, at the start of an episode or where it has no label, the point stays.
     """
     if given >= 2:
         point_m = metrics.constant_velocity(sample.point_m, 0, given)
@@ -47,39 +47,57 @@ def constant_velocity(sample: Sample, window: Window, given: int) -> Answer:
         before = window.frames[0] - interval
         now_m = sample.point_m[0]
         velocity = now_m - window.episode.point_m[before] if before >= 0 else np.zeros(3)
+        if not np.isfinite(velocity).all():
+            velocity = np.zeros(3)
         point_m = now_m + np.arange(len(sample.point_m))[:, None] * velocity
     return Answer(point_m=point_m, uv_px=_projected(point_m, sample.cameras))
 
 
 class NearestDemonstration:
-    """Of the training windows with the same instruction, the one whose first pictures look most alike; its path is taken as it is.
+    """Of the training windows with the same instruction, the one that is most alike in the last given frame; its path from there on.
 
-    Alike: least squared difference of the views' first pictures shrunk to 16x16. A blind replay would execute the very same path.
+    Alike: least sum of two distances, each divided by its mean over the candidates: root mean squared difference of the views' pictures
+    shrunk to 16x16, and distance of the points. The path is moved to begin where the point is: the run is told that as well, and a path
+    as recorded would be an easier bar. Pictures are as recorded.
     """
 
-    def __init__(self, training: WindowDataset) -> None:
+    def __init__(self, training: WindowDataset, given: int) -> None:
         self._training = training
-        self._thumbnails: dict[str, tuple[list[int], np.ndarray]] = {}
+        self._last_given = max(given, 1) - 1
+        self._begins: dict[str, tuple[list[int], np.ndarray, np.ndarray]] = {}
 
-    def answer(self, sample: Sample, given: int) -> Answer:
-        """The demonstration's pictures and points after the `given` frames; the held first frame when none has the instruction."""
-        places, known = self._of(sample.instruction)
+    def answer(self, sample: Sample) -> Answer | None:
+        """The demonstration's pictures and points after the given frames; None when no demonstration has the instruction."""
+        last = self._last_given
+        places, thumbnails, points_m = self._of(sample.instruction)
         if not places:
-            return hold_first(sample, given)
-        difference = np.square(known - _thumbnail(sample.rgb[:, 0])).mean(axis=1)
-        nearest = self._training.sample(places[int(difference.argmin())])
-        rgb, point_m = nearest.rgb.copy(), nearest.point_m.copy()
-        rgb[:, :given], point_m[:given] = sample.rgb[:, :given], sample.point_m[:given]
+            return None
+        by_picture = np.sqrt(np.square(thumbnails - _thumbnail(sample.rgb[:, last])).mean(axis=1))
+        by_point = np.linalg.norm(points_m - sample.point_m[last], axis=1)
+        found = int(np.argmin(_by_mean(by_picture) + _by_mean(by_point)))
+        nearest = self._training.sample(places[found])
+        shift_m = sample.point_m[last] - nearest.point_m[last]
+        point_m = nearest.point_m + (shift_m if np.isfinite(shift_m).all() else 0)
+        rgb = nearest.rgb.copy()
+        rgb[:, : last + 1], point_m[: last + 1] = sample.rgb[:, : last + 1], sample.point_m[: last + 1]
         return Answer(rgb=rgb, point_m=point_m, uv_px=_projected(point_m, sample.cameras))
 
-    def _of(self, instruction: str) -> tuple[list[int], np.ndarray]:
-        """(training windows with that instruction, their thumbnails [N v]), made when first asked for."""
-        if instruction not in self._thumbnails:
-            windows = self._training.windows
+    def _of(self, instruction: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """(training windows with that instruction, their thumbnails [N v], their points [N 3]), made when first asked for."""
+        if instruction not in self._begins:
+            windows, last = self._training.windows, self._last_given
             places = [place for place, window in enumerate(windows) if window.episode.instruction == instruction]
-            pictures = [_thumbnail(self._training.first_pictures(place)) for place in places]
-            self._thumbnails[instruction] = places, np.stack(pictures) if pictures else np.zeros((0, 0))
-        return self._thumbnails[instruction]
+            thumbnails = [_thumbnail(pictures) for pictures in self._training.pictures_at(places, last)]
+            points = [windows[place].episode.point_m[windows[place].frames[last]] for place in places]
+            self._begins[instruction] = places, np.array(thumbnails), np.array(points)
+        return self._begins[instruction]
+
+
+def _by_mean(distance: np.ndarray) -> np.ndarray:
+    """Distances [N] as multiples of their mean; where one is not known it says nothing for or against, the mean."""
+    known = np.isfinite(distance)
+    mean = float(distance[known].mean()) if known.any() else 0.0
+    return np.where(known, distance, mean) / mean if mean else np.zeros(len(distance))
 
 
 def _thumbnail(pictures: np.ndarray) -> np.ndarray:

@@ -407,7 +407,8 @@ def evaluate(
     if dry_run:
         return
     if windows:
-        from mvwan.evaluate import evaluate_prediction, render
+        from mvwan.evaluate import evaluate_prediction
+        from mvwan.evaluation_table import render
 
         result = evaluate_prediction(
             run, dataset=dataset, windows=windows, denoise_steps=denoise_steps, seed=seed, output=output, progress=True

@@ -15,7 +15,8 @@ from rich.panel import Panel
 
 from mvwan.config import Config
 from mvwan.data.dataset import WindowDataset, read_episodes
-from mvwan.evaluate import FORMAT_VERSION, evaluate_prediction, read_evaluation, render
+from mvwan.evaluate import evaluate_prediction
+from mvwan.evaluation_table import FORMAT_VERSION, read_evaluation, render
 from mvwan.files import read_json
 from mvwan.latent_cache import build_cache
 from mvwan.model.latents import LatentCodec, codec_digest

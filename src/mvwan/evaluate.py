@@ -14,25 +14,21 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from mvwan import baselines, heatmaps, metrics
 from mvwan.baselines import Answer, NearestDemonstration
 from mvwan.batch import Prediction, Sample
 from mvwan.data.dataset import Window, WindowDataset, heat_video, read_episodes
 from mvwan.errors import MvwanError
-from mvwan.files import read_json, sha256_json, whole_file, write_json
+from mvwan.evaluation_table import FORMAT_VERSION, PCK_PX, SOURCES
+from mvwan.files import sha256_json, whole_file, write_json
 from mvwan.metrics import Tally
 from mvwan.prediction_files import Truth, read_cameras, read_pictures, write_prediction
 from mvwan.sample import LoadedRun, load_run, predict
 from mvwan.trajectory import lift
 
-FORMAT_VERSION = 2
 PCK_SHARE = 0.05
 """A peak is found when it lies within this share of the picture's height."""
-PCK_PX = (2, 4, 8)
-"""Distances in px within which peaks are counted as well."""
-SOURCES = ("predicted", "hold_first", "constant_velocity", "nearest", "codec")
 
 Tallies = dict[str, dict[str, tuple[Tally, ...]]]
 """Source -> measure -> one tally per view, or a single one for what all views give together."""
@@ -100,7 +96,6 @@ def evaluate_prediction(
     known_codec = codec_from["measures"]["codec"] if codec_from is not None and codec_from["codec_key"] == codec_key else None
     nearest = _nearest(loaded)
     tallies: Tallies = {source: {} for source in SOURCES}
-    per_frame: dict[str, dict[str, list[Tally]]] = {}
     rows: list[dict[str, Any]] = []
     given = loaded.config.train.condition_frames
     for index in track(chosen, "predicting", console=Console(stderr=True), transient=True, disable=not progress):
@@ -111,7 +106,6 @@ def evaluate_prediction(
         if known_codec is None:
             measured["codec"] = measure_answer(sample, _through_codec(loaded, sample), answers["hold_first"], given)
         _add(tallies, measured)
-        _add_frames(per_frame, sample, answers)
         rows.append(_window_row(sample, measured))
         if index in kept:
             name = f"predictions/{sum('pictures' in row for row in rows):02d}.npz"
@@ -126,6 +120,7 @@ def evaluate_prediction(
         "seed": seed,
         "num_windows": len(chosen),
         "held_out_windows": len(held_out),
+        "nearest_windows": sum("nearest_error_3d_mm" in row for row in rows),
         "episodes": sorted({held_out.windows[index].episode.name for index in chosen}),
         "views": [camera.name for camera in held_out.sample(chosen[0]).cameras],
         "num_frames": loaded.config.data.num_frames,
@@ -134,12 +129,8 @@ def evaluate_prediction(
         "found_within_px": PCK_SHARE * loaded.config.data.height_px,
         "codec_key": codec_key,
         "within_px": list(PCK_PX),
-        "measures": {source: _summary(measures) for source, measures in tallies.items() if measures}
+        "measures": {source: _summary(measures, loaded.config.data.num_frames) for source, measures in tallies.items() if measures}
         | ({"codec": known_codec} if known_codec else {}),
-        "per_frame": {
-            name: {source: [_number(tally.mean) for tally in frames] for source, frames in sources.items()}
-            for name, sources in per_frame.items()
-        },
         "windows": rows,
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -159,15 +150,14 @@ def _nearest(run: LoadedRun) -> NearestDemonstration | None:
     data = run.config.data
     if not Path(data.root).is_dir():
         return None
-    return NearestDemonstration(
-        WindowDataset(read_episodes(data.root, data.cameras), data, run.config.model.views, "train", run.config.seed)
-    )
+    training = WindowDataset(read_episodes(data.root, data.cameras), data, run.config.model.views, "train", run.config.seed)
+    return NearestDemonstration(training, metrics.num_given_frames(run.config.train.condition_frames))
 
 
 def answers_of(
     run: LoadedRun, sample: Sample, prediction: Prediction, window: Window, nearest: NearestDemonstration | None
 ) -> dict[str, Answer]:
-    """Source -> what it says about the window: the run and the baselines."""
+    """Source -> what it says about the window: the run and those baselines that have an answer."""
     given = metrics.num_given_frames(run.config.train.condition_frames)
     predicted = Answer(rgb=prediction.rgb, uv_px=_seen(prediction.uv_px, prediction.confidence), point_m=prediction.point_m)
     answers = {
@@ -175,16 +165,16 @@ def answers_of(
         "hold_first": baselines.hold_first(sample, given),
         "constant_velocity": baselines.constant_velocity(sample, window, given),
     }
-    return answers | ({"nearest": nearest.answer(sample, given)} if nearest is not None else {})
+    demonstrated = nearest.answer(sample) if nearest is not None else None
+    return answers | ({"nearest": demonstrated} if demonstrated is not None else {})
 
 
 def measure_window(run: LoadedRun, sample: Sample, prediction: Prediction, answers: Mapping[str, Answer]) -> Tallies:
-    """The tallies of one window for each of the answers, and how far the views of the prediction disagree."""
+    """The tallies of one window for each of the answers, and how far the views that see the point disagree in the prediction."""
     given = run.config.train.condition_frames
     measured = {source: measure_answer(sample, answer, answers["hold_first"], given) for source, answer in answers.items()}
-    measured["predicted"]["view_disagreement_px"] = metrics.view_disagreement_px(
-        prediction.uv_px, prediction.confidence, sample.cameras, given
-    )
+    seen = np.where(sample.visible, prediction.confidence, 0)
+    measured["predicted"]["view_disagreement_px"] = metrics.view_disagreement_px(prediction.uv_px, seen, sample.cameras, given)
     return measured
 
 
@@ -200,16 +190,12 @@ def filled(values: np.ndarray, held: np.ndarray) -> np.ndarray:
 
 def measure_answer(sample: Sample, answer: Answer, held: Answer, given: int) -> dict[str, tuple[Tally, ...]]:
     """Measure -> its tallies for one answer; `given` latent frames do not count. What it does not say is taken from `held`."""
-    lost = np.isnan(answer.uv_px[..., 0]).astype(np.float64)
-    after = slice(metrics.num_given_frames(given), None)
     within = {f"within_{px}_px": metrics.pck(answer.uv_px, sample.uv_px, sample.visible, px, given) for px in PCK_PX}
     measured = {
         "peak_error_px": metrics.peak_error_px(filled(answer.uv_px, held.uv_px), sample.uv_px, sample.visible, given),
         "found": metrics.pck(answer.uv_px, sample.uv_px, sample.visible, PCK_SHARE * sample.rgb.shape[2], given),
         **within,
-        "lost": tuple(
-            Tally(values=tuple(missing[after][visible[after]].tolist())) for missing, visible in zip(lost, sample.visible, strict=True)
-        ),
+        "lost": metrics.lost_share(answer.uv_px, sample.visible, given),
         "error_3d_mm": (metrics.error_3d_mm(filled(answer.point_m, held.point_m), sample.point_m, given),),
     }
     if answer.rgb is not None:
@@ -234,52 +220,45 @@ def _add(tallies: Tallies, measured: Tallies) -> None:
             tallies[source][name] = tuple(a + b for a, b in zip(old, views, strict=True))
 
 
-def _add_frames(per_frame: dict[str, dict[str, list[Tally]]], sample: Sample, answers: Mapping[str, Answer]) -> None:
-    """Adds the errors of each frame over all views, to see how they grow with time."""
-    held = answers["hold_first"]
-    frames = range(sample.rgb.shape[1])
-    for source, answer in answers.items():
-        uv_px, point_m = filled(answer.uv_px, held.uv_px), filled(answer.point_m, held.point_m)
-        for name in ("peak_error_px", "error_3d_mm"):
-            sums = per_frame.setdefault(name, {}).setdefault(source, [Tally() for _ in frames])
-            for frame in frames:
-                one = slice(frame, frame + 1)
-                if name == "peak_error_px":
-                    found = metrics.peak_error_px(uv_px[:, one], sample.uv_px[:, one], sample.visible[:, one], condition_frames=0)
-                else:
-                    found = (metrics.error_3d_mm(point_m[one], sample.point_m[one], condition_frames=0),)
-                sums[frame] = sum(found, sums[frame])
-
-
 def _number(value: float, digits: int = 4) -> float | None:
     return round(value, digits) if math.isfinite(value) else None
 
 
 _IN_DETAIL = ("peak_error_px", "error_3d_mm", "view_disagreement_px")
+_OF_ALL_VIEWS = ("error_3d_mm",)
 
 
-def _summary(measures: Mapping[str, Sequence[Tally]]) -> dict[str, Any]:
+def _summary(measures: Mapping[str, Sequence[Tally]], num_frames: int) -> dict[str, Any]:
+    """Measure -> its statistics over all views, and `per_view` the same of each."""
     summary: dict[str, Any] = {}
     for name, views in measures.items():
-        total = sum(views, Tally())
-        summary[name] = {"mean": _number(total.mean), "count": total.count, "lost": total.lost}
-        if name in _IN_DETAIL:
-            summary[name] |= {"median": _number(total.quantile(0.5)), "p95": _number(total.quantile(0.95))}
-        summary[name]["per_view"] = [_number(view.mean) for view in views] if len(views) > 1 else []
-    if "rgb_squared_error" in measures:
-        error = sum(measures["rgb_squared_error"], Tally())
-        summary["rgb_psnr_db"] = {
-            "mean": _number(metrics.psnr_db(error.mean)) if error.count else None,
-            "count": error.count,
-            "lost": error.lost,
-            "per_view": [_number(metrics.psnr_db(view.mean)) if view.count else None for view in measures["rgb_squared_error"]],
-        }
+        told = [_statistics(name, tally, num_frames) for tally in (sum(views, Tally()), *views)]
+        summary[name] = told[0] | {"per_view": [] if name in _OF_ALL_VIEWS else told[1:]}
+        if name == "rgb_squared_error":
+            of_all, *of_views = map(_decibels, told)
+            summary["rgb_psnr_db"] = of_all | {"per_view": of_views}
     return summary
+
+
+def _statistics(name: str, tally: Tally, num_frames: int) -> dict[str, Any]:
+    """`mean`, `count`, `lost`, for errors `median` and `p95`, and the mean `per_frame`, None where a frame is given or has no value."""
+    detail = {"median": _number(tally.quantile(0.5)), "p95": _number(tally.quantile(0.95))} if name in _IN_DETAIL else {}
+    per_frame = [_number(tally.at(frame).mean) for frame in range(num_frames)]
+    return {"mean": _number(tally.mean), "count": tally.count, "lost": tally.lost, **detail, "per_frame": per_frame}
+
+
+def _decibels(told: Mapping[str, Any]) -> dict[str, Any]:
+    """The statistics of a squared error as peak signal-to-noise ratios; None where pictures are equal or there are none."""
+
+    def decibels(error: float | None) -> float | None:
+        return None if error is None else _number(metrics.psnr_db(error))
+
+    return {**told, "mean": decibels(told["mean"]), "per_frame": [decibels(error) for error in told["per_frame"]]}
 
 
 def _window_row(sample: Sample, measured: Tallies) -> dict[str, Any]:
     row: dict[str, Any] = {"sample_id": sample.sample_id}
-    for source in ("predicted", "hold_first"):
+    for source in (name for name in SOURCES if name in measured and name != "codec"):
         for name in ("peak_error_px", "error_3d_mm"):
             row[f"{source}_{name}"] = _number(sum(measured[source][name], Tally()).mean)
     return row
@@ -366,53 +345,3 @@ def sample_pictures(
         gripper_open=gripper_open,
     )
     return write_prediction(prediction, output, fps)
-
-
-_ROWS = (
-    ("peak_error_px", "mean", "heatmap peak error, px", 2),
-    ("peak_error_px", "median", "… median", 2),
-    ("peak_error_px", "p95", "… 95th percentile", 2),
-    ("found", "mean", "peaks found, share", 3),
-    ("within_2_px", "mean", "… within 2 px", 3),
-    ("within_4_px", "mean", "… within 4 px", 3),
-    ("within_8_px", "mean", "… within 8 px", 3),
-    ("lost", "mean", "heatmaps without a peak, share", 3),
-    ("error_3d_mm", "mean", "3-D error, mm", 1),
-    ("error_3d_mm", "median", "… median", 1),
-    ("error_3d_mm", "p95", "… 95th percentile", 1),
-    ("rgb_psnr_db", "mean", "RGB PSNR, dB", 2),
-    ("rgb_ssim", "mean", "RGB SSIM", 3),
-    ("view_disagreement_px", "mean", "views disagree by, px", 2),
-)
-
-
-def measure_rows(measures: Mapping[str, Any]) -> list[tuple[str, dict[str, float | None], int]]:
-    """(label, source -> number, digits) per measure, in the order in which people read them; sources without it are left out."""
-    rows = []
-    for name, statistic, label, digits in _ROWS:
-        values = {source: measures[source][name][statistic] for source in SOURCES if name in measures.get(source, {})}
-        rows.append((label, values, digits))
-    return rows
-
-
-def read_evaluation(path: str | Path) -> dict[str, Any]:
-    """The numbers in an evaluation.json. Raises `MvwanError` when another version of the package wrote them."""
-    found = read_json(path)
-    version = found.get("format_version") if isinstance(found, dict) else None
-    if version != FORMAT_VERSION:
-        raise MvwanError(f"{path}: format {version}, this version reads {FORMAT_VERSION}. Run `mvwan evaluate` again.")
-    return found
-
-
-def render(result: Mapping[str, Any]) -> Table:
-    """A rich table of an evaluation, for `Console.print`."""
-    title = f"{result['num_windows']} held-out windows of {len(result['episodes'])} episodes, {result['denoise_steps']} denoising steps"
-    table = Table(title=title, title_justify="left")
-    table.add_column("measure")
-    sources = [source for source in SOURCES if source in result["measures"]]
-    for source in sources:
-        table.add_column(source.replace("_", " "), justify="right")
-    for label, values, digits in measure_rows(result["measures"]):
-        cells = [values.get(source) for source in sources]
-        table.add_row(label, *("–" if value is None else f"{value:.{digits}f}" for value in cells))
-    return table

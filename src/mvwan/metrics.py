@@ -20,11 +20,17 @@ class Tally:
     """Values before they are summarised. Tallies add up."""
 
     values: tuple[float, ...] = ()
+    frames: tuple[int, ...] = ()
+    """In which frame of its window each value was taken."""
     lost: int = 0
     """Values that should be there but that the prediction lacks (NaN): not in `values`, so report them beside the mean."""
 
     def __add__(self, other: "Tally") -> "Tally":
-        return Tally(values=self.values + other.values, lost=self.lost + other.lost)
+        return Tally(values=self.values + other.values, frames=self.frames + other.frames, lost=self.lost + other.lost)
+
+    def at(self, frame: int) -> "Tally":
+        """The values of one frame; how many were lost there is not known."""
+        return Tally(values=tuple(value for value, taken in zip(self.values, self.frames, strict=True) if taken == frame))
 
     @property
     def count(self) -> int:
@@ -59,6 +65,12 @@ def pck(
     return _per_view((distance <= threshold_px).astype(np.float64), visible, condition_frames)
 
 
+def lost_share(pred_uv_px: np.ndarray, visible: np.ndarray, condition_frames: int = 1) -> tuple[Tally, ...]:
+    """One tally per view whose mean, in 0..1, is the share of visible points of which the prediction [V F 2] says nothing (NaN)."""
+    lost = np.asarray(np.isnan(_float(pred_uv_px)).any(axis=-1), np.float64)
+    return _per_view(lost, visible, condition_frames)
+
+
 def error_3d_mm(pred_point_m: np.ndarray, true_point_m: np.ndarray, condition_frames: int = 1) -> Tally:
     """The tally of the distance in mm between predicted and true points [F 3] in metres; unlabelled (NaN) truth is left out."""
     truth = _float(true_point_m)
@@ -83,7 +95,7 @@ def squared_error(pred_rgb: np.ndarray, true_rgb: np.ndarray, condition_frames: 
     """One tally per view of each frame's mean squared difference of uint8 values [V F H W 3]: add these, then `psnr_db` of the mean."""
     given = num_given_frames(condition_frames)
     pairs = zip(pred_rgb[:, given:], true_rgb[:, given:], strict=True)
-    return tuple(Tally(values=tuple(np.square(_float(pred) - _float(true)).mean(axis=(1, 2, 3)).tolist())) for pred, true in pairs)
+    return tuple(_of_frames(np.square(_float(pred) - _float(true)).mean(axis=(1, 2, 3)), given) for pred, true in pairs)
 
 
 def psnr_db(mean_squared_error: float) -> float:
@@ -105,7 +117,7 @@ def ssim(pred_rgb: np.ndarray, true_rgb: np.ndarray, condition_frames: int = 1) 
         pred, true = (torch.from_numpy(rgb[view, given:].astype(np.float32)).permute(0, 3, 1, 2) for rgb in (pred_rgb, true_rgb))
         values = structural_similarity_index_measure(pred, true, data_range=255.0, reduction="none") if len(true) else torch.zeros(0)
         assert isinstance(values, torch.Tensor)
-        tallies.append(Tally(values=tuple(values.tolist())))
+        tallies.append(_of_frames(values.numpy(), given))
     return tuple(tallies)
 
 
@@ -154,9 +166,15 @@ def _float(values: np.ndarray) -> np.ndarray:
 def _tally(values: np.ndarray, wanted: np.ndarray, condition_frames: int) -> Tally:
     """The tally of values [F] where `wanted` [F], beyond the given frames; NaN counts as lost."""
     given = num_given_frames(condition_frames)
-    chosen = values[given:][np.asarray(wanted, bool)[given:]]
-    finite = np.isfinite(chosen)
-    return Tally(values=tuple(chosen[finite].tolist()), lost=int((~finite).sum()))
+    chosen, finite = np.array(wanted, bool), np.isfinite(values)
+    chosen[:given] = False
+    frames = np.flatnonzero(chosen & finite)
+    return Tally(values=tuple(values[frames].tolist()), frames=tuple(frames.tolist()), lost=int((chosen & ~finite).sum()))
+
+
+def _of_frames(values: np.ndarray, first: int) -> Tally:
+    """The tally of one value for every frame from `first` on."""
+    return Tally(values=tuple(values.tolist()), frames=tuple(range(first, first + len(values))))
 
 
 def _per_view(values: np.ndarray, wanted: np.ndarray, condition_frames: int) -> tuple[Tally, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from mvwan import report_figures
 from mvwan.errors import MvwanError
-from mvwan.evaluate import measure_rows
+from mvwan.evaluation_table import measure_rows
 from mvwan.files import write_file
 from mvwan.model.trainable_table import human_bytes, percent
 from mvwan.report_frames import SOURCE_NAMES, Window, source_name, window_block
@@ -213,7 +213,7 @@ def _errors(records: Sequence[RunRecord]) -> str:
         f"<p>{evaluation['num_windows']} windows of {evaluation['num_frames']} frames from held-out episodes "
         f"({html.escape(', '.join(evaluation['episodes']))}), {evaluation['denoise_steps']} denoising steps, seed {evaluation['seed']}. "
         "<em>Hold first frame</em> predicts that nothing moves, <em>constant velocity</em> that the point goes on as it did over the frame "
-        "before, which no run sees, <em>nearest demonstration</em> that it goes as in the training window whose first pictures look most "
+        "before, which no run sees, <em>nearest demonstration</em> that it goes on as in the training window that begins most "
         "alike. <em>VAE round trip</em> is the truth encoded and decoded: what the codec alone costs. A peak counts as found within "
         f"{evaluation['found_within_px']:.1f} px. Where a heatmap shows no peak at all, the point is taken to stay where it last was: a "
         "lost peak cannot beat the baseline.</p>"
@@ -230,19 +230,29 @@ def _errors(records: Sequence[RunRecord]) -> str:
         rows.append((label, *(number(value, digits) for value in values)))
     table = _table(("", *(name for name, _, _ in sources)), rows, [""] * len(rows), escape_head=False)
     per_view = [
-        (view, *(number(record.evaluation["measures"][source]["peak_error_px"]["per_view"][index], 2) for _, record, source in sources))
+        (
+            view,
+            *(
+                number(record.evaluation["measures"][source]["peak_error_px"]["per_view"][index]["mean"], 2)
+                for _, record, source in sources
+            ),
+        )
         for index, view in enumerate(evaluation["views"])
     ]
     views = _table(("peak error by view, px", *(name for name, _, _ in sources)), per_view, [""] * len(per_view), escape_head=False)
     over_time = [
         report_figures.error_over_time(
-            {short: evaluation["per_frame"][name][long] for short, long in _DRAWN_BASELINES if long in evaluation["per_frame"][name]}
-            | {record.label: record.evaluation["per_frame"][name]["predicted"] for record in records},
+            {short: evaluation["measures"][long][name]["per_frame"] for short, long in _DRAWN_BASELINES if long in evaluation["measures"]}
+            | {record.label: record.evaluation["measures"]["predicted"][name]["per_frame"] for record in records},
             evaluation["given_frames"],
             title,
             unit,
         )
-        for name, title, unit in (("peak_error_px", "Peak error by frame", "px"), ("error_3d_mm", "3-D error by frame", "mm"))
+        for name, title, unit in (
+            ("peak_error_px", "Peak error by frame", "px"),
+            ("error_3d_mm", "3-D error by frame", "mm"),
+            ("rgb_psnr_db", "RGB PSNR by frame", "dB"),
+        )
     ]
     by_window = {"hold": [row["hold_first_peak_error_px"] for row in evaluation["windows"]]}
     by_window |= {record.label: [row["predicted_peak_error_px"] for row in record.evaluation["windows"]] for record in records}

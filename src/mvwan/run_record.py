@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mvwan.evaluate import load_prediction, read_evaluation
+from mvwan.evaluate import load_prediction
+from mvwan.evaluation_table import read_evaluation
 from mvwan.files import read_json, read_json_lines, read_text
 
 

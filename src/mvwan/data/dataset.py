@@ -6,9 +6,10 @@ no file format: `read_episodes` only finds out which reader a folder needs.
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,8 @@ from mvwan.heatmaps import colour, render
 
 _PIXEL_VERSION = 1
 """Raised whenever the code changes the pixels of a sample, so that cached latents of the old ones are not taken for the new."""
+_READ_TOGETHER = 32
+"""Pictures that are in memory at recorded size at the same time."""
 
 
 def read_episodes(root: str | Path, cameras: Sequence[str] | None = None) -> tuple[Episode, ...]:
@@ -132,7 +135,7 @@ class WindowDataset:
         window, name = self.windows[index], self.sample_id(index, variant)
         frames = list(window.frames)
         cameras = _views(window.episode, self._camera_names)
-        rgb, point_m = self._read_rgb(window, cameras), window.episode.point_m[frames]
+        rgb, point_m = self._read_rgb(window.episode, frames, cameras), window.episode.point_m[frames]
         size = self.data.height_px, self.data.width_px
         if variant:
             digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
@@ -185,22 +188,26 @@ class WindowDataset:
                 "episodes; hand_qw, hand_qx, hand_qy, hand_qz in observation.state). Record it, or set model.action_head=gripper."
             )
 
-    def first_pictures(self, index: int) -> np.ndarray:
-        """[V H W 3] uint8: the plain first pictures of window `index`, without reading the others."""
-        window = self.windows[index]
-        first = Window(episode=window.episode, frames=window.frames[:1])
-        cameras = _views(window.episode, self._camera_names)
-        return resize(self._read_rgb(first, cameras), cameras, self.data.height_px, self.data.width_px)[0][:, 0]
+    def pictures_at(self, indices: Sequence[int], place: int) -> Iterator[np.ndarray]:
+        """The plain picture number `place` of each of the windows, [V H W 3] uint8; neighbours of one episode are read together."""
+        for start in range(0, len(indices), _READ_TOGETHER):
+            windows = [self.windows[index] for index in indices[start : start + _READ_TOGETHER]]
+            for _, group in groupby(windows, key=lambda window: window.episode.name):
+                same = list(group)
+                frames = [window.frames[place] for window in same]
+                cameras = _views(same[0].episode, self._camera_names)
+                rgb = self._read_rgb(same[0].episode, frames, cameras)
+                yield from resize(rgb, cameras, self.data.height_px, self.data.width_px)[0].swapaxes(0, 1)
 
-    def _read_rgb(self, window: Window, cameras: Sequence[Camera]) -> np.ndarray:
+    def _read_rgb(self, episode: Episode, frames: Sequence[int], cameras: Sequence[Camera]) -> np.ndarray:
         """[V F H W 3] uint8 of the chosen views, checked against the size that the cameras state."""
-        order_of_episode = [camera.name for camera in window.episode.cameras]
-        rgb = window.episode.read_rgb(window.frames)[[order_of_episode.index(name) for name in self._camera_names]]
+        order_of_episode = [camera.name for camera in episode.cameras]
+        rgb = episode.read_rgb(frames)[[order_of_episode.index(name) for name in self._camera_names]]
         for camera in cameras:
-            needed = (len(cameras), len(window.frames), camera.height_px, camera.width_px, 3)
+            needed = (len(cameras), len(frames), camera.height_px, camera.width_px, 3)
             if rgb.shape != needed or rgb.dtype != np.uint8:
                 raise MvwanError(
-                    f"episode {window.episode.name}: pictures are {rgb.shape} {rgb.dtype}, camera {camera.name} needs {needed} uint8. "
+                    f"episode {episode.name}: pictures are {rgb.shape} {rgb.dtype}, camera {camera.name} needs {needed} uint8. "
                     "All views of a dataset must have the size that its cameras state."
                 )
         return rgb
