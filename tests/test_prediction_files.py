@@ -14,10 +14,21 @@ from PIL import Image
 from mvwan.batch import Prediction
 from mvwan.cameras import Camera
 from mvwan.errors import MvwanError
-from mvwan.evaluate import held_out_windows
+from mvwan.evaluate import held_out_windows, sample_pictures
 from mvwan.heatmaps import peak, render
 from mvwan.metrics import hold_first
-from mvwan.prediction_files import PREDICTED_COLOUR, TRUE_COLOUR, Truth, read_cameras, read_pictures, sheet, trajectory, write_prediction
+from mvwan.prediction_files import (
+    _LABEL_PX,
+    _LINE_PX,
+    PREDICTED_COLOUR,
+    TRUE_COLOUR,
+    Truth,
+    read_cameras,
+    read_pictures,
+    sheet,
+    trajectory,
+    write_prediction,
+)
 from mvwan.presets import config_from_preset
 from mvwan.sample import load_run
 from mvwan.train import train
@@ -90,10 +101,11 @@ def test_the_sheet_marks_true_and_predicted_peaks_where_they_are(prediction, win
     plain, compared = sheet(prediction, 5.0), sheet(prediction, 5.0, Truth(rgb=window.rgb, uv_px=window.uv_px))
     assert compared.shape[0] > plain.shape[0] and compared.shape[1] == plain.shape[1] > 5 * 192
     # Row 0, column 0 of the table with truth: the given frame of the left view, three times as large, under two lines of words.
-    cell = compared[40 : 40 + 192, 96 : 96 + 192]
+    cell = compared[2 * _LINE_PX :, _LABEL_PX:][:192, :192]
     for colour in (PREDICTED_COLOUR, TRUE_COLOUR):
         marked = np.argwhere((np.abs(cell.astype(int) - colour) < 30).all(axis=-1))
         assert marked.mean(axis=0)[::-1] == pytest.approx(3 * window.uv_px[0, 0], abs=3)
+        assert len(marked) > 60, "too thin to be seen"
 
 
 def test_pictures_of_ones_own_give_what_their_window_gives(folder: Path, window, tmp_path: Path) -> None:
@@ -116,6 +128,30 @@ def test_pictures_of_ones_own_give_what_their_window_gives(folder: Path, window,
     assert [camera.name for camera in read_cameras(tmp_path / "own" / "trajectory.json")] == ["left", "right", "front"]
 
 
+def test_pictures_of_other_sizes_are_resized_with_their_cameras(prediction, tmp_path: Path) -> None:
+    """Each view in a size of its own, with a bright dot where its camera sees one point: the dot stays where the new camera sees it."""
+    point_m = prediction.point_m[0]
+    paths, recorded_by = [], []
+    for camera, (width, height) in zip(prediction.cameras, ((256, 128), (128, 128), (64, 64)), strict=True):
+        recorded_by.append(camera.resized(width, height))
+        seen, _ = recorded_by[-1].project(point_m)
+        heat = render(seen, np.array(True), height, width, 5.0)
+        paths.append(tmp_path / f"{camera.name}.png")
+        Image.fromarray(np.repeat((255 * heat).astype(np.uint8)[..., None], 3, axis=-1)).save(paths[-1])
+    rgb, cameras = read_pictures(paths, recorded_by, 64, 64)
+    assert rgb.shape == (3, 64, 64, 3) and {(camera.height_px, camera.width_px) for camera in cameras} == {(64, 64)}
+    weight = rgb[..., 0].astype(np.float64)
+    rows, columns = np.mgrid[:64, :64] + 0.5
+    found = np.stack([(weight * columns).sum((1, 2)), (weight * rows).sum((1, 2))], axis=-1) / weight.sum((1, 2))[:, None]
+    assert found == pytest.approx(np.stack([camera.project(point_m)[0] for camera in cameras]), abs=0.3)
+
+
+def test_what_is_in_the_way_is_said_before_anything_is_loaded(prediction, tmp_path: Path) -> None:
+    (tmp_path / "cameras.json").write_text(json.dumps([camera.to_dict() for camera in prediction.cameras]))
+    with pytest.raises(MvwanError, match="exists already"):
+        sample_pictures(tmp_path / "no-run", tmp_path, [], tmp_path / "cameras.json", "go")
+
+
 @pytest.mark.parametrize(("name", "message"), [("../escaped", "files are named after cameras; use letters"), ("right", "two cameras")])
 def test_a_cameras_name_never_leads_out_of_the_folder(prediction, tmp_path, name, message) -> None:
     cameras = (dataclasses.replace(prediction.cameras[0], name=name), *prediction.cameras[1:])
@@ -124,17 +160,30 @@ def test_a_cameras_name_never_leads_out_of_the_folder(prediction, tmp_path, name
     assert not list(tmp_path.rglob("*.mp4"))
 
 
-def test_pictures_and_cameras_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_pictures_and_cameras_that_do_not_fit_are_refused(folder: Path, prediction, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no")
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     Image.new("RGB", (32, 64)).save(tmp_path / "b.png")
     (tmp_path / "cameras.json").write_text('{"views": []}')
-    with pytest.raises(MvwanError, match=r"notes\.txt: not a picture"):
-        read_pictures([tmp_path / "notes.txt"])
-    with pytest.raises(MvwanError, match="different sizes"):
-        read_pictures([tmp_path / "a.png", tmp_path / "b.png"])
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    camera = prediction.cameras[0]
+    for names, message in (
+        (["notes.txt"], r"notes\.txt: not a picture"),
+        (["cut.png"], r"cut\.png: not a picture"),
+        (["b.png"], r"b\.png: 32x64 px, its camera 'left' is 64x64 px"),
+        (["a.png", "a.png"], "given 2 times for 1 cameras"),
+    ):
+        with pytest.raises(MvwanError, match=message):
+            read_pictures([tmp_path / name for name in names], [camera], 64, 64)
     with pytest.raises(MvwanError, match="needed is a list of cameras"):
         read_cameras(tmp_path / "cameras.json")
+    (tmp_path / "half.json").write_text(json.dumps([{"name": "left"}]))
+    with pytest.raises(MvwanError, match=r"half\.json: camera left: missing fields"):
+        read_cameras(tmp_path / "half.json")
+    (tmp_path / "two.json").write_text(json.dumps([camera.to_dict() for camera in prediction.cameras[:2]]))
+    for images, prompt, message in ((2, "go", "2 cameras; the run was trained on 3 views"), (2, " ", "--prompt is empty")):
+        with pytest.raises(MvwanError, match=message):
+            sample_pictures(folder, tmp_path / "out", [tmp_path / "a.png"] * images, tmp_path / "two.json", prompt)
     for words, message in (
         (["--image", str(tmp_path / "a.png")], "need --cameras and --prompt"),
         (["--prompt", "go"], "give them with --image"),

@@ -336,13 +336,13 @@ def sample(
     seed: Seed = 0,
 ) -> None:
     """Predict what follows the first pictures of a held-out window, or your own: videos, a sheet of pictures, the 3-D path."""
-    from mvwan.evaluate import sample_pictures, sample_window
-
     steps = {"denoise_steps": denoise_steps, "seed": seed}
     own = {"--cameras": cameras, "--prompt": prompt, "--point": point, "--gripper-open": gripper_open, "--fps": fps}
     if not image:
         if given := [name for name, value in own.items() if value is not None]:
             raise MvwanError(f"{given[0]} belongs to pictures of your own: give them with --image")
+        from mvwan.evaluate import sample_window
+
         written = sample_window(run, output, dataset=dataset, window=window, **steps)
     elif dataset is not None or window:
         raise MvwanError("--dataset and --window choose a held-out window: leave them out beside --image")
@@ -350,6 +350,8 @@ def sample(
         raise MvwanError("--image: pictures of your own need --cameras and --prompt as well")
     else:
         point_m = None if point is None else _point(point)
+        from mvwan.evaluate import sample_pictures
+
         written = sample_pictures(run, output, image, cameras, prompt, point_m=point_m, gripper_open=gripper_open, fps=fps, **steps)
     for path in written:
         typer.echo(path)

@@ -23,7 +23,7 @@ from mvwan.errors import MvwanError
 from mvwan.evaluation_table import FORMAT_VERSION, PCK_PX, SOURCES
 from mvwan.files import sha256_json, whole_file, write_json
 from mvwan.metrics import Tally
-from mvwan.prediction_files import Truth, read_cameras, read_pictures, write_prediction
+from mvwan.prediction_files import Truth, check_place, read_cameras, read_pictures, write_prediction
 from mvwan.sample import LoadedRun, load_run, predict
 from mvwan.trajectory import lift
 
@@ -301,6 +301,7 @@ def sample_window(
     if window >= len(held_out):
         raise MvwanError(f"--window {window}: there are {len(held_out)} held-out windows, 0 to {len(held_out) - 1}")
     sample = held_out.sample(window)
+    check_place(output, sample.cameras)
     prediction = predict_sample(loaded, sample, denoise_steps, seed)
     fps = held_out.windows[window].episode.fps / loaded.config.data.frame_interval
     truth = Truth(rgb=sample.rgb, uv_px=np.where(sample.visible[..., None], sample.uv_px, np.nan))
@@ -322,18 +323,27 @@ def sample_pictures(
 ) -> list[Path]:
     """The files written to the new folder `output`: what happens after the picture files `images`, one per camera of the JSON file.
 
+    Pictures of any size, each that of its camera; both are brought to the run's size, as demonstrations are in training.
     `fps`: predicted frames per second, which times are counted by; None: as in the demonstrations that the run was trained on, which
     then must be there.
     """
+    if not prompt.strip():
+        raise MvwanError("--prompt is empty. Say what the robot shall do.")
+    recorded_by = read_cameras(cameras)
+    check_place(output, recorded_by)
     loaded = load_run(run)
-    data = loaded.config.data
+    data, views = loaded.config.data, loaded.config.model.views
+    if len(recorded_by) != views:
+        raise MvwanError(
+            f"--cameras {cameras}: {len(recorded_by)} cameras; the run was trained on {views} views. Give as many, in its order."
+        )
+    if (given := metrics.num_given_frames(loaded.config.train.condition_frames)) != 1:
+        raise MvwanError(f"--image gives one picture per view, this run needs {given}. Call mvwan.predict with images [V {given} H W 3].")
+    pictures, seen_by = read_pictures(images, recorded_by, data.height_px, data.width_px)
     if fps is None:
         if not Path(data.root).is_dir():
             raise MvwanError(f"{data.root}: the run's demonstrations are gone, so its frame rate is not known. Give --fps.")
         fps = read_episodes(data.root, data.cameras)[0].fps / data.frame_interval
-    views, pictures, seen_by = loaded.config.model.views, read_pictures(images), read_cameras(cameras)
-    if len(pictures) != views:
-        raise MvwanError(f"--image is given {len(pictures)} times; the run was trained on {views} views. Give one picture of each.")
     prediction = predict(
         loaded,
         pictures,

@@ -38,17 +38,17 @@ def enlarge(picture: np.ndarray, factor: int) -> np.ndarray:
 
 
 def mark_points(
-    picture: np.ndarray, uv_px: np.ndarray, colour: tuple[int, int, int], radius_px: float = 3.0, cross: bool = False
+    picture: np.ndarray, uv_px: np.ndarray, colour: tuple[int, int, int], radius_px: float = 3.0, cross: bool = False, width_px: int = 1
 ) -> np.ndarray:
     """A copy of `[H W 3]` with a ring, or a cross, at each point `[N 2]`; points that are not finite are left out."""
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
     for u, v in uv_px[np.isfinite(uv_px).all(axis=-1)]:
         if cross:
-            draw.line((u - radius_px, v - radius_px, u + radius_px, v + radius_px), fill=colour)
-            draw.line((u - radius_px, v + radius_px, u + radius_px, v - radius_px), fill=colour)
+            draw.line((u - radius_px, v - radius_px, u + radius_px, v + radius_px), fill=colour, width=width_px)
+            draw.line((u - radius_px, v + radius_px, u + radius_px, v - radius_px), fill=colour, width=width_px)
         else:
-            draw.ellipse((u - radius_px, v - radius_px, u + radius_px, v + radius_px), outline=colour)
+            draw.ellipse((u - radius_px, v - radius_px, u + radius_px, v + radius_px), outline=colour, width=width_px)
     return np.asarray(image)
 
 

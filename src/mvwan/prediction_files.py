@@ -5,6 +5,11 @@
     <output>/<view>.heat.mp4        its predicted heatmaps in JET colours
     <output>/sheet.png              frames in columns, both streams of every view in rows, predicted and true peaks marked
 
+trajectory.json, format 1, holds `prompt`, `fps` (predicted frames per second), `cameras` as `Camera.from_dict` reads them, and `frames`,
+the given ones first. A frame has `time_s` since the first, `point_m` in the cameras' world, `residual_px` (how far the views' peaks are
+from that point), `gripper_open` (0 closed .. 1 open), `rotation_deg` (turn of the hand since the first frame), and per view, by the
+camera's name, `uv_px` and `confidence` of its peak. What is not known is null. Pixels are those of `batch`: (0, 0) is the outer corner.
+
 Knows no model and no data set.
 """
 
@@ -20,6 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mvwan import heatmaps, pictures
 from mvwan.batch import Prediction
 from mvwan.cameras import Camera
+from mvwan.data.transforms import resize
 from mvwan.errors import MvwanError
 from mvwan.files import read_json, whole_directory, write_file, write_json
 
@@ -27,8 +33,9 @@ FORMAT_VERSION = 1
 TRUE_COLOUR = (255, 255, 255)
 PREDICTED_COLOUR = (255, 0, 255)
 _SHOWN_HEIGHT_PX = 192
-_LABEL_PX = 96
-_LINE_PX = 20
+_LABEL_PX = 112
+_LINE_PX = 28
+_FONT_PX = 17
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,7 +51,7 @@ class Truth:
 def write_prediction(prediction: Prediction, output: str | Path, fps: float, truth: Truth | None = None) -> list[Path]:
     """The files of the new folder `output`. `fps`: predicted frames per second. Raises `MvwanError` when the folder exists."""
     output = Path(output)
-    _check_names([camera.name for camera in prediction.cameras])
+    check_place(output, prediction.cameras)
     with whole_directory(output) as folder:
         write_json(folder / "trajectory.json", trajectory(prediction, fps))
         for view, camera in enumerate(prediction.cameras):
@@ -54,8 +61,11 @@ def write_prediction(prediction: Prediction, output: str | Path, fps: float, tru
     return sorted(output.iterdir())
 
 
-def _check_names(names: Sequence[str]) -> None:
-    """`MvwanError` for names of cameras that cannot name files."""
+def check_place(output: str | Path, cameras: Sequence[Camera]) -> None:
+    """Nothing, or `MvwanError` when `output` exists or a camera's name cannot name a file: known before a prediction is made."""
+    if Path(output).exists():
+        raise MvwanError(f"{output}: exists already. Remove it or choose another folder.")
+    names = [camera.name for camera in cameras]
     for name in names:
         if not re.fullmatch(r"[\w-][\w.-]*", name):
             raise MvwanError(f"camera {name!r}: files are named after cameras; use letters, digits, `_`, `-` and `.` alone")
@@ -119,21 +129,20 @@ def _marked(picture: np.ndarray, prediction: Prediction, truth: Truth | None, vi
 
 
 def _outlined(picture: np.ndarray, uv_px: np.ndarray, colour: tuple[int, int, int], radius_px: float, cross: bool) -> np.ndarray:
-    for shift in ((-1, 0), (1, 0), (0, -1), (0, 1)):
-        picture = pictures.mark_points(picture, (uv_px + shift)[None], (0, 0, 0), radius_px, cross)
-    return pictures.mark_points(picture, uv_px[None], colour, radius_px, cross)
+    picture = pictures.mark_points(picture, uv_px[None], (0, 0, 0), radius_px + 2, cross, width_px=7)
+    return pictures.mark_points(picture, uv_px[None], colour, radius_px, cross, width_px=3)
 
 
 def _write_words(
     draw: ImageDraw.ImageDraw, prompt: str, labels: Sequence[str], times_s: Sequence[float], size: tuple[int, ...], with_truth: bool
 ) -> None:
     """The prompt and the legend on the first line, times over the columns, views and streams beside the rows."""
-    font = ImageFont.load_default(13)
+    font = ImageFont.load_default(_FONT_PX)
     draw.text((_LABEL_PX, 2), prompt, fill="black", font=font)
     right = _LABEL_PX + size[1]
-    _legend(draw, right - 130, "predicted peak", PREDICTED_COLOUR, cross=True)
+    _legend(draw, right - 170, "predicted peak", PREDICTED_COLOUR, cross=True)
     if with_truth:
-        _legend(draw, right - 250, "true peak", TRUE_COLOUR, cross=False)
+        _legend(draw, right - 310, "true peak", TRUE_COLOUR, cross=False)
     for column, time_s in enumerate(times_s):
         left = _LABEL_PX + column * (size[1] + 2) / len(times_s)
         draw.text((left + 2, _LINE_PX + 2), "given" if column == 0 else f"+{time_s:.2f} s", fill="black", font=font)
@@ -143,28 +152,38 @@ def _write_words(
 
 def _legend(draw: ImageDraw.ImageDraw, left: int, words: str, colour: tuple[int, int, int], cross: bool) -> None:
     """A mark on a grey field and what it means; drawn, since the default font has no such signs."""
-    draw.rectangle((left, 1, left + 18, _LINE_PX - 2), fill=(90, 90, 90))
+    draw.rectangle((left, 2, left + 22, 24), fill=(60, 60, 60))
     if cross:
-        draw.line((left + 4, 5, left + 14, 14), fill=colour, width=2)
-        draw.line((left + 4, 14, left + 14, 5), fill=colour, width=2)
+        draw.line((left + 5, 7, left + 17, 19), fill=colour, width=3)
+        draw.line((left + 5, 19, left + 17, 7), fill=colour, width=3)
     else:
-        draw.ellipse((left + 4, 4, left + 14, 14), outline=colour, width=2)
-    draw.text((left + 24, 2), words, fill="black", font=ImageFont.load_default(13))
+        draw.ellipse((left + 4, 6, left + 18, 20), outline=colour, width=3)
+    draw.text((left + 30, 2), words, fill="black", font=ImageFont.load_default(_FONT_PX))
 
 
-def read_pictures(paths: Sequence[Path]) -> np.ndarray:
-    """[V H W 3] uint8 of picture files, one per camera. Raises `MvwanError` for a file that is none, or for different sizes."""
-    found = []
-    for path in paths:
+def read_pictures(paths: Sequence[Path], cameras: Sequence[Camera], height_px: int, width_px: int) -> tuple[np.ndarray, tuple[Camera, ...]]:
+    """([V height_px width_px 3] uint8, their cameras) of picture files, one per camera, each brought to that size with its camera.
+
+    Raises `MvwanError` for a file that is no picture, and for a picture that is not of its camera's size.
+    """
+    if len(paths) != len(cameras):
+        raise MvwanError(f"--image is given {len(paths)} times for {len(cameras)} cameras. Give one picture per camera, in the same order.")
+    found, seen_by = [], []
+    for path, camera in zip(paths, cameras, strict=True):
         try:
             with Image.open(path) as image:
-                found.append(np.asarray(image.convert("RGB")))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+                picture = np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise MvwanError(f"--image {path}: not a picture that can be read ({error}). PNG, JPEG and WebP are.") from None
-    sizes = {picture.shape for picture in found}
-    if len(sizes) > 1:
-        raise MvwanError(f"--image: pictures of different sizes ({', '.join(f'{size[1]}x{size[0]}' for size in sorted(sizes))} px)")
-    return np.stack(found)
+        if picture.shape[:2] != (camera.height_px, camera.width_px):
+            raise MvwanError(
+                f"--image {path}: {picture.shape[1]}x{picture.shape[0]} px, its camera {camera.name!r} is {camera.width_px}x"
+                f"{camera.height_px} px. Give the picture as the camera took it, or cameras of this size."
+            )
+        resized, (smaller,) = resize(picture[None, None], [camera], height_px, width_px)
+        found.append(resized[0, 0])
+        seen_by.append(smaller)
+    return np.stack(found), tuple(seen_by)
 
 
 def read_cameras(path: Path) -> tuple[Camera, ...]:
@@ -173,4 +192,7 @@ def read_cameras(path: Path) -> tuple[Camera, ...]:
     listed = value.get("cameras") if isinstance(value, dict) else value
     if not isinstance(listed, list) or not listed or not all(isinstance(camera, dict) for camera in listed):
         raise MvwanError(f"--cameras {path}: needed is a list of cameras, or an object with `cameras`, as in a trajectory.json")
-    return tuple(Camera.from_dict(camera) for camera in listed)
+    try:
+        return tuple(Camera.from_dict(camera) for camera in listed)
+    except MvwanError as error:
+        raise MvwanError(f"--cameras {path}: {error}") from None
