@@ -112,7 +112,9 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
     if result["given_frames"] == 1:
         remarks.append("constant velocity: its speed is that over the frame before the window, which the run does not see.")
     if (found := result["nearest_windows"]) < result["num_windows"]:
-        remarks.append(f"nearest: {found} of {result['num_windows']} windows have a training demonstration of their instruction.")
+        remarks.append(
+            f"nearest: a training demonstration of the same instruction is at hand for {found} of {result['num_windows']} windows."
+        )
     return remarks
 
 
