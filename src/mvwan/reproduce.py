@@ -108,6 +108,7 @@ def _baseline_stages(wanted: Reproduction, count: int, folder: Path, of: str) ->
     tasks = [word for task in wanted.names for word in ("--task", task)]
     layouts = ["--layouts", "widened" if wanted.kind.widened else "stock", *([] if wanted.tuning else ["--final"])]
     tried = [*tasks, "--trials", str(wanted.trials), "--execute", str(wanted.execute), *layouts]
+    tried += ["--control-steps", str(wanted.control_steps)]
     code = wanted.baseline.read_text(encoding="utf-8")
     train_words = ["train", str(folder / "demonstrations"), "--output", str(net), *fit]
     return [
@@ -154,6 +155,7 @@ def _try(wanted: Reproduction, run: Path, policies: Sequence[PolicyName]) -> Non
         settings=wanted.trial_settings,
         final=not wanted.tuning,
         processes=wanted.processes,
+        videos=wanted.videos,
         progress=True,
     )
 
