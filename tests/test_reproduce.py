@@ -17,6 +17,7 @@ from mvwan.files import read_json, read_json_lines
 from mvwan.metrics import rate_in_words
 from mvwan.policies import POLICIES
 from mvwan.reproduce import collect, plan_stages
+from mvwan.reproduce import plan_stages
 from mvwan.reproduce_table import markdown
 from mvwan.sim.metaworld import RESERVED_LAYOUTS
 from mvwan.sim.tasks import INSTRUCTIONS, WIDENED

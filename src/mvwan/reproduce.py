@@ -109,7 +109,8 @@ def _baseline_stages(wanted: Reproduction, count: int, folder: Path, of: str) ->
     layouts = ["--layouts", "widened" if wanted.kind.widened else "stock", *([] if wanted.tuning else ["--final"])]
     tried = [*tasks, "--trials", str(wanted.trials), "--execute", str(wanted.execute), *layouts]
     tried += ["--control-steps", str(wanted.control_steps)]
-    code = wanted.baseline.read_text(encoding="utf-8")
+    # A script of a folder may import what lies beside it.
+    code = {path.name: path.read_text(encoding="utf-8") for path in sorted(wanted.baseline.parent.glob("*.py"))}
     train_words = ["train", str(folder / "demonstrations"), "--output", str(net), *fit]
     return [
         Stage(
