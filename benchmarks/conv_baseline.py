@@ -142,13 +142,14 @@ def trials(
     task: Annotated[list[str] | None, typer.Option("--task", help="Repeatable. Not given: those of the demonstrations.")] = None,
     layouts: Annotated[Layouts, typer.Option("--layouts", help="Where objects may stand.")] = Layouts.stock,
     execute: Annotated[int, typer.Option("--execute", min=1, help="Waypoints to follow before looking again.")] = 8,
+    control_steps: Annotated[int, typer.Option("--control-steps", min=1, help="After which a trial is given up.")] = 500,
     final: Annotated[bool, typer.Option("--final", help="Use the layouts kept for final evaluation; not for tuning.")] = False,
 ) -> None:
     """Success in Meta-World, on the layouts that `mvwan evaluate --trials` takes."""
     started = time.monotonic()
     known = read_json(run / "settings.json")
     config = config_from_dict(known["config"], f"{run}: config")
-    settings = TrialSettings(execute=execute, widened=layouts == "widened").check(config)
+    settings = TrialSettings(execute=execute, control_steps=control_steps, widened=layouts == "widened").check(config)
     data, first = config.data, RESERVED_LAYOUTS if final else FIRST_TUNING_LAYOUT
     source = Demonstrations(root=data.root, cameras=data.cameras, seed=config.seed, validation_share=data.validation_share)
     net = ConvNet(known["views"], data.num_frames - 1, len(known["instructions"]))

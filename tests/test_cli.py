@@ -46,7 +46,7 @@ INTERFACE = {
     "demo": ["--output", "--task", "--episodes", "--steps", "--windows", "--trials", "--seed", "--fresh"],
     "reproduce": [
         *("table", "--output", "--steps", "--trials", "--demonstrations", "--task", "--switch", "--set", "--execute", "--denoise-steps"),
-        *("--seed", "--processes", "--baseline", "--baseline-steps", "--tuning", "--fresh", "--dry-run"),
+        *("--control-steps", "--videos", "--seed", "--processes", "--baseline", "--baseline-steps", "--tuning", "--fresh", "--dry-run"),
     ],
     "checkpoint inspect": ["path", "--json"],
     "checkpoint verify": ["path", "--against"],

@@ -9,6 +9,7 @@ import pytest
 
 from mvwan.errors import MvwanError
 from mvwan.files import read_json, read_json_lines, write_json
+from mvwan.reproduce import plan_stages
 from mvwan.reproduce_table import markdown
 from mvwan.sim.metaworld import RESERVED_LAYOUTS
 from mvwan.suites import SUITES, Reproduction
@@ -87,6 +88,16 @@ def test_the_published_numbers_are_those_printed() -> None:
 def test_what_cannot_be_reproduced_is_refused_at_once(tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(MvwanError, match=message):
         Reproduction(**{"suite": "metaworld7", "output": tmp_path, **changes})
+
+
+def test_a_change_in_what_the_baseline_imports_repeats_its_stages(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("WIDTH = 1")
+    (tmp_path / "baseline.py").write_text("import net")
+    wanted = Reproduction(suite="metaworld7-wide", output=tmp_path / "out", tasks=["drawer-open"], baseline=tmp_path / "baseline.py")
+    before = [stage.settings for stage in plan_stages(wanted) if "baseline" in stage.name]
+    (tmp_path / "net.py").write_text("WIDTH = 2")
+    after = [stage.settings for stage in plan_stages(wanted) if "baseline" in stage.name]
+    assert len(before) == 4 and all(old != new for old, new in zip(before, after, strict=True))
 
 
 def test_an_unfinished_table_says_so(made: tuple[Path, str], tmp_path: Path) -> None:

@@ -47,6 +47,10 @@ def reproduce(
     ] = None,
     execute: Annotated[int, typer.Option("--execute", min=1, help="Waypoints to follow before a run looks again.")] = 8,
     denoise_steps: Annotated[int, typer.Option("--denoise-steps", min=1, help="Euler steps from noise to video.")] = 5,
+    control_steps: Annotated[
+        int, typer.Option("--control-steps", min=1, help="After which a trial is given up; Meta-World's own limit is 500.")
+    ] = 500,
+    videos: Annotated[int, typer.Option("--videos", min=0, help="Filmed trials per task, run and control.")] = 1,
     seed: Annotated[int, typer.Option("--seed", help="Seed of everything random, and the first layout that is recorded.")] = 0,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Trials at the same time.")] = 2,
     baseline: Annotated[Path, typer.Option("--baseline", help="Script of the baseline, for metaworld7-wide.")] = Path(
@@ -73,6 +77,8 @@ def reproduce(
         trials=trials,
         execute=execute,
         denoise_steps=denoise_steps,
+        control_steps=control_steps,
+        videos=videos,
         seed=seed,
         tuning=tuning,
         processes=processes,

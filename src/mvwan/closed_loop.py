@@ -9,6 +9,7 @@ A success rate stands beside its controls, since some tasks are solved by replay
 metric and no page.
 """
 
+import atexit
 import multiprocessing
 import os
 import time
@@ -38,7 +39,7 @@ from mvwan.sim.metaworld import CONTROL_STEPS_PER_SECOND, RESERVED_LAYOUTS, Simu
 from mvwan.sim.tasks import WIDENED, task_name
 from mvwan.stages import peak_memory_mb
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FIRST_TUNING_LAYOUT = 800_000
 _FILM_EVERY = 4
 _WAYPOINT_COLOUR = (255, 230, 0)
@@ -307,7 +308,7 @@ def attempt(policy: Policy, simulator: Simulator, layout_seed: int, settings: Tr
         if watch is not None:
             watch.plan = plan
         arm.follow(plan)
-        if plan.is_whole or not len(plan.point_m):
+        if plan.is_whole:
             break
     if watch is not None and film is not None:
         film.parent.mkdir(parents=True, exist_ok=True)
@@ -351,12 +352,26 @@ def _loaded(checkpoint: Path) -> LoadedRun:
     return load_run(checkpoint)
 
 
-@lru_cache(maxsize=1)
+_open_simulators: dict[tuple[Path, str, bool], Simulator] = {}
+
+
 def _simulator(checkpoint: Path, task: str, widened: bool) -> Simulator:
-    """Seen by the cameras that the demonstrations were recorded with."""
-    config, demonstrations = _source(checkpoint)
-    recorded = {camera.name: camera for camera in demonstrations.training[0].cameras}
-    return Simulator(task, [recorded[name] for name in config.data.cameras or recorded], widened)
+    """Seen by the cameras that the demonstrations were recorded with. The one before is closed: a renderer left open complains at exit."""
+    key = (checkpoint, task, widened)
+    if key not in _open_simulators:
+        _close_simulators()
+        config, demonstrations = _source(checkpoint)
+        recorded = {camera.name: camera for camera in demonstrations.training[0].cameras}
+        _open_simulators[key] = Simulator(task, [recorded[name] for name in config.data.cameras or recorded], widened)
+        # Last in, first out: MuJoCo's own farewell, which it says when the first renderer is made, must come after this one.
+        atexit.unregister(_close_simulators)
+        atexit.register(_close_simulators)
+    return _open_simulators[key]
+
+
+def _close_simulators() -> None:
+    while _open_simulators:
+        _open_simulators.popitem()[1].close()
 
 
 class _Film:

@@ -72,7 +72,7 @@ class Predicted:
         self.residual_px, self.num_lost = [], 0
 
     def plan(self, seen: Seen) -> Plan:
-        """The predicted path from here. A frame in which no point is found gives no waypoint."""
+        """The predicted path from here. A frame without a point gives no waypoint; where none has one, the arm stays and looks again."""
         noise_seed = int(np.random.default_rng(self._numbers).integers(2**31))
         self._numbers[-1] += 1
         data = self._run.config.data
@@ -94,6 +94,9 @@ class Predicted:
         found = np.isfinite(point_m).all(axis=-1)
         self.num_lost += int((~found).sum())
         self.residual_px += residual_px[found].tolist()
+        if not found.any():
+            here = np.repeat(seen.state.point_m[None], self._execute, axis=0)
+            return Plan(point_m=here, gripper_open=np.full(self._execute, np.nan, np.float32), stride=self._stride)
         return Plan(point_m=point_m[found], gripper_open=prediction.gripper_open[later][found], stride=self._stride)
 
 

@@ -108,7 +108,9 @@ def _baseline_stages(wanted: Reproduction, count: int, folder: Path, of: str) ->
     tasks = [word for task in wanted.names for word in ("--task", task)]
     layouts = ["--layouts", "widened" if wanted.kind.widened else "stock", *([] if wanted.tuning else ["--final"])]
     tried = [*tasks, "--trials", str(wanted.trials), "--execute", str(wanted.execute), *layouts]
-    code = wanted.baseline.read_text(encoding="utf-8")
+    tried += ["--control-steps", str(wanted.control_steps)]
+    # A script of a folder may import what lies beside it.
+    code = {path.name: path.read_text(encoding="utf-8") for path in sorted(wanted.baseline.parent.glob("*.py"))}
     train_words = ["train", str(folder / "demonstrations"), "--output", str(net), *fit]
     return [
         Stage(
@@ -154,6 +156,7 @@ def _try(wanted: Reproduction, run: Path, policies: Sequence[PolicyName]) -> Non
         settings=wanted.trial_settings,
         final=not wanted.tuning,
         processes=wanted.processes,
+        videos=wanted.videos,
         progress=True,
     )
 

@@ -94,6 +94,9 @@ class Reproduction:
     trials: int = 25
     execute: int = 8
     denoise_steps: int = 5
+    control_steps: int = 500
+    videos: int = 1
+    """Filmed trials per task and policy."""
     seed: int = 0
     tuning: bool = False
     """Layouts for tuning instead of the reserved ones."""
@@ -151,7 +154,13 @@ class Reproduction:
     @property
     def trial_settings(self) -> TrialSettings:
         """How trials are run."""
-        return TrialSettings(execute=self.execute, denoise_steps=self.denoise_steps, seed=self.seed, widened=self.kind.widened)
+        return TrialSettings(
+            execute=self.execute,
+            denoise_steps=self.denoise_steps,
+            seed=self.seed,
+            control_steps=self.control_steps,
+            widened=self.kind.widened,
+        )
 
     def config(self, count: int, label: Label) -> Config:
         """The settings of one training."""
@@ -175,7 +184,15 @@ class Reproduction:
         words += [word for task in (self.names if self.tasks else ()) for word in ("--task", task)]
         words += [word for count in self.counts for word in ("--demonstrations", str(count))]
         words += ["--switch", self.switches[0] if len(self.switches) == 1 else "both"]
-        for name in ("steps", "trials", "execute", "denoise_steps", "seed", *(["baseline_steps"] if self.kind.has_baseline else [])):
+        for name in (
+            "steps",
+            "trials",
+            "execute",
+            "denoise_steps",
+            "control_steps",
+            "seed",
+            *(["baseline_steps"] if self.kind.has_baseline else []),
+        ):
             words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
         words += [word for setting in self.overrides for word in ("--set", setting)]
         return shlex.join([*words, "--tuning"] if self.tuning else words)

@@ -73,12 +73,13 @@ class Arm:
         for point_m, gripper_open in zip(plan.point_m, plan.gripper_open, strict=True):
             hand_m = point_m + self._hand_from_point_m
             is_closed = self._is_closed if np.isnan(gripper_open) else bool(gripper_open < CLOSED_BELOW)
-            toggles, self._is_closed = is_closed != self._is_closed, is_closed
             self._hold(hand_m, plan.stride)
             for _ in range(PATIENCE_STEPS):
                 if np.linalg.norm(hand_m - self._simulator.state.hand_m) < ARRIVED_M:
                     break
                 self._hold(hand_m, 1)
+            # Once there: a gripper that toggles on its way lets go too early.
+            toggles, self._is_closed = is_closed != self._is_closed, is_closed
             self._hold(hand_m, DWELL_STEPS if toggles else 0)
             if self.is_done:
                 return
