@@ -71,9 +71,10 @@ def test_report_is_whole_and_needs_no_network(made: tuple[Path, str]) -> None:
         for group in table["groups"]:
             assert group["name"] in page.text
             assert f"{group['parameters']:,}" in page.text
-    assert [figure["layout"]["title"]["text"] for figure in page.figures][-4:] == [
+    assert [figure["layout"]["title"]["text"] for figure in page.figures][-5:] == [
         "Peak error by frame",
         "3-D error by frame",
+        "RGB PSNR by frame",
         "Peak error by window",
         "Path of the tool point",
     ]

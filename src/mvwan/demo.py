@@ -41,7 +41,7 @@ def run_demo(
     *,
     task: str = "drawer-open-v3",
     episodes: int = 10,
-    steps: int = 240,
+    steps: int = 200,
     windows: int = 8,
     trials: int = 4,
     seed: int = 0,
