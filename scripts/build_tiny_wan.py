@@ -56,7 +56,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--layouts", type=int, default=18, help="layouts per task; the last two are held out (default %(default)s)")
     parser.add_argument("--vae-steps", type=int, default=12000, help="end of the VAE's schedule (default %(default)s)")
     parser.add_argument(
-        "--vae-minutes", type=float, default=180, help="or after so much processor time, if that is earlier (default %(default)s)"
+        "--vae-minutes", type=float, default=62, help="or after so much processor time, if that is earlier (default %(default)s)"
     )
     parser.add_argument("--vae-learning-rate", type=float, default=2e-3)
     parser.add_argument(
@@ -69,7 +69,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--vae-single-until", type=float, default=vae_stage.SINGLE_UNTIL, help="share of it on single frames (default %(default)s)"
     )
     parser.add_argument("--transformer-steps", type=int, default=3000)
-    parser.add_argument("--transformer-minutes", type=float, default=15)
+    parser.add_argument("--transformer-minutes", type=float, default=36)
     parser.add_argument("--transformer-learning-rate", type=float, default=1e-3)
     parser.add_argument("--measure-videos", type=int, default=48, help="of each kind of camera (default %(default)s)")
     options = parser.parse_args(arguments)

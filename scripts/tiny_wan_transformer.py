@@ -47,8 +47,8 @@ def encode_videos(
     shift, scale = (torch.tensor(values)[:, None, None, None] for values in (mean, std))
     planes = PlaneVae(vae, torch.bfloat16, flat=True)
     for start in range(0, len(videos), ENCODED_AT_ONCE):
-        pictures = np.stack([video.rgb for video in videos[start : start + ENCODED_AT_ONCE]])
         chosen = videos[start : start + ENCODED_AT_ONCE]
+        pictures = np.stack([video.rgb for video in chosen])
         heat = np.stack([clips.heat_pictures(video.uv_px, video.visible) for video in chosen])
         both = (planes.encode(clips.to_clips(np.concatenate([pictures, heat])))[0] - shift) / scale
         for stream, part in zip(latents, both.split(len(chosen)), strict=True):

@@ -31,6 +31,18 @@ def tiny_demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def debug_run(tiny_demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a real run: the preset `debug` on demonstrations of a ball, two steps. Tests leave it as it is or write beside."""
+    from mvwan.presets import config_from_preset
+    from mvwan.train import train
+
+    output = tmp_path_factory.mktemp("runs") / "debug"
+    settings = {"data": {"root": str(tiny_demonstrations), "heatmap_sigma_px": 2.0}, "train": {"tracker": "none"}}
+    train(config_from_preset("debug", settings), output)
+    return output
+
+
+@pytest.fixture(scope="session")
 def golden_run(tiny_demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Settings of a run of seconds: the two-block base of the golden files, `tiny_demonstrations`, and a complete latent cache.
 

@@ -23,6 +23,7 @@ from mvwan.closed_loop import (
 )
 from mvwan.data.dataset import read_episodes
 from mvwan.errors import MvwanError
+from mvwan.evaluation_table import read_closed_loop
 from mvwan.files import read_json, read_json_lines
 from mvwan.policies import POLICIES, Demonstrations, Replay, Seen
 from mvwan.presets import config_from_preset
@@ -173,6 +174,14 @@ def test_a_run_is_told_what_does_not_fit_it(folder):
         plan_trials(folder, trials=1, tasks=["fly"], settings=SETTINGS)
     with pytest.raises(MvwanError, match="no widened layouts"):
         plan_trials(folder, trials=1, settings=dataclasses.replace(SETTINGS, widened=True))
+
+
+def test_numbers_of_another_version_are_told(typed, folder, tmp_path):
+    result = typed[1]
+    assert read_closed_loop(folder / "closed_loop.json")["policies"] == list(POLICIES)
+    (tmp_path / "closed_loop.json").write_text(json.dumps({**result, "format_version": 1}))
+    with pytest.raises(MvwanError, match="format 1, this version reads 2"):
+        read_closed_loop(tmp_path / "closed_loop.json")
 
 
 def test_the_table_of_a_result_has_one_row_per_task_and_one_for_all(typed):

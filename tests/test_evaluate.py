@@ -28,23 +28,12 @@ from mvwan.evaluate import (
 from mvwan.evaluation_table import read_evaluation, render
 from mvwan.heatmaps import render as render_heat
 from mvwan.metrics import Tally
-from mvwan.presets import config_from_preset
 from mvwan.sample import LoadedRun, load_run
-from mvwan.train import train
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real run: the preset `debug` on demonstrations of a ball, two steps."""
-    output = tmp_path_factory.mktemp("runs") / "debug"
-    settings = {"data": {"root": str(tiny_demonstrations), "heatmap_sigma_px": 2.0}, "train": {"tracker": "none"}}
-    train(config_from_preset("debug", settings), output)
-    return output
-
-
-@pytest.fixture(scope="module")
-def run(folder: Path) -> LoadedRun:
-    return load_run(folder)
+def run(debug_run: Path) -> LoadedRun:
+    return load_run(debug_run)
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +112,9 @@ def test_losing_every_peak_scores_like_holding_the_first_frame(run: LoadedRun, s
     assert total(measured["hold_first"]["lost"]).mean == 0
 
 
-def test_evaluation_of_a_run(folder: Path, run: LoadedRun) -> None:
-    result = evaluate_prediction(folder, windows=3, denoise_steps=1, keep=1)
-    assert json.loads((folder / "evaluation.json").read_text()) == result
+def test_evaluation_of_a_run(debug_run: Path, run: LoadedRun) -> None:
+    result = evaluate_prediction(debug_run, windows=3, denoise_steps=1, keep=1)
+    assert json.loads((debug_run / "evaluation.json").read_text()) == result
     held_out = held_out_windows(run)
     trained_on = {episode.name for episode in read_episodes(run.config.data.root)} - {window.episode.name for window in held_out.windows}
     assert len(trained_on) == 3
@@ -152,20 +141,20 @@ def test_evaluation_of_a_run(folder: Path, run: LoadedRun) -> None:
     steps = result["measures"]["hold_first"]["error_3d_mm"]["per_frame"][1:]
     assert steps == sorted(steps) and steps[0] > 0, "the ball goes straight on, so holding is off by more and more"
     assert result["nearest_windows"] == result["num_windows"]
-    stored = load_prediction(folder / result["windows"][0]["pictures"])
+    stored = load_prediction(debug_run / result["windows"][0]["pictures"])
     assert stored["true_rgb"].shape == stored["predicted_rgb"].shape == stored["true_heat"].shape == (3, 5, 64, 64, 3)
     assert str(stored["prompt"]) == "move the ball"
     assert stored["predicted_point_m"].shape == (5, 3)
 
-    again = evaluate_prediction(run, windows=3, denoise_steps=1, codec_from=result, output=folder / "again.json")
+    again = evaluate_prediction(run, windows=3, denoise_steps=1, codec_from=result, output=debug_run / "again.json")
     assert again["measures"] == result["measures"]
     other = evaluate_prediction(
-        run, windows=1, denoise_steps=1, codec_from={**result, "codec_key": "of other windows"}, output=folder / "other.json"
+        run, windows=1, denoise_steps=1, codec_from={**result, "codec_key": "of other windows"}, output=debug_run / "other.json"
     )
     assert other["codec_key"] != "of other windows"
     assert other["measures"]["codec"]["peak_error_px"]["count"] == 3 * 4
 
-    assert read_evaluation(folder / "evaluation.json") == result
+    assert read_evaluation(debug_run / "evaluation.json") == result
     shown = io.StringIO()
     Console(file=shown, width=100).print(render(result))
     lines = shown.getvalue().splitlines()
@@ -188,13 +177,13 @@ def test_a_view_that_does_not_see_the_point_says_nothing_about_disagreement(run:
     assert total(measured_of(run, sample, perfect(sample, uv_px=uv_px))["predicted"]["view_disagreement_px"]).mean > 1
 
 
-def test_a_window_without_a_demonstration_has_no_nearest_column_and_the_table_says_so(run: LoadedRun, sample: Sample, folder: Path) -> None:
+def test_a_window_without_a_demonstration_has_no_nearest_and_the_table_says_so(run: LoadedRun, sample: Sample, debug_run: Path) -> None:
     held_out = held_out_windows(run)
     nearest = NearestDemonstration(WindowDataset(read_episodes(run.config.data.root), run.config.data, 3, "train", run.config.seed), 1)
     for instruction, expected in ((sample.instruction, True), ("dance", False)):
         told = dataclasses.replace(sample, instruction=instruction)
         assert ("nearest" in answers_of(run, told, perfect(told), held_out.windows[0], nearest)) is expected
-    result = read_evaluation(folder / "evaluation.json")
+    result = read_evaluation(debug_run / "evaluation.json")
     shown = io.StringIO()
     Console(file=shown, width=100).print(render(result | {"num_windows": 9}))
     assert f"is at hand for {result['nearest_windows']} of 9 windows" in shown.getvalue()
@@ -217,11 +206,11 @@ def test_no_held_out_windows_is_an_error(run: LoadedRun) -> None:
         held_out_windows(everything)
 
 
-def test_sample_window_writes_a_folder(folder: Path, tmp_path: Path) -> None:
-    written = sample_window(folder, tmp_path / "out", denoise_steps=1)
+def test_sample_window_writes_a_folder(debug_run: Path, tmp_path: Path) -> None:
+    written = sample_window(debug_run, tmp_path / "out", denoise_steps=1)
     assert {"trajectory.json", "left.rgb.mp4", "left.heat.mp4", "sheet.png"} <= {path.name for path in written}
     with pytest.raises(MvwanError, match="held-out windows, 0 to 0"):
-        sample_window(folder, tmp_path / "more", window=5)
+        sample_window(debug_run, tmp_path / "more", window=5)
     assert not (tmp_path / "more").exists()
 
 

@@ -29,24 +29,13 @@ from mvwan.prediction_files import (
     trajectory,
     write_prediction,
 )
-from mvwan.presets import config_from_preset
 from mvwan.sample import load_run
-from mvwan.train import train
 from mvwan.trajectory import lift
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real run of two steps."""
-    output = tmp_path_factory.mktemp("runs") / "debug"
-    settings = {"data": {"root": str(tiny_demonstrations), "heatmap_sigma_px": 2.0}, "train": {"tracker": "none"}}
-    train(config_from_preset("debug", settings), output)
-    return output
-
-
-@pytest.fixture(scope="module")
-def window(folder: Path):
-    return held_out_windows(load_run(folder)).sample(0)
+def window(debug_run: Path):
+    return held_out_windows(load_run(debug_run)).sample(0)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +97,7 @@ def test_the_sheet_marks_true_and_predicted_peaks_where_they_are(prediction, win
         assert len(marked) > 60, "too thin to be seen"
 
 
-def test_pictures_of_ones_own_give_what_their_window_gives(folder: Path, window, tmp_path: Path) -> None:
+def test_pictures_of_ones_own_give_what_their_window_gives(debug_run: Path, window, tmp_path: Path) -> None:
     paths = []
     for camera, picture in zip(window.cameras, window.rgb[:, 0], strict=True):
         paths.append(tmp_path / f"{camera.name}.png")
@@ -119,7 +108,7 @@ def test_pictures_of_ones_own_give_what_their_window_gives(folder: Path, window,
     own += ["--point", ",".join(str(value) for value in window.point_m[0]), "--gripper-open", "1"]
     outputs = {}
     for name, words in (("own", own), ("window", [])):
-        command = [sys.executable, "-m", "mvwan", "sample", str(folder), "--denoise-steps", "1", "--output", str(tmp_path / name)]
+        command = [sys.executable, "-m", "mvwan", "sample", str(debug_run), "--denoise-steps", "1", "--output", str(tmp_path / name)]
         said = subprocess.run([*command, *words], capture_output=True, text=True, check=True).stdout
         assert str(tmp_path / name / "sheet.png") in said
         outputs[name] = json.loads((tmp_path / name / "trajectory.json").read_text())
@@ -160,7 +149,7 @@ def test_a_cameras_name_never_leads_out_of_the_folder(prediction, tmp_path, name
     assert not list(tmp_path.rglob("*.mp4"))
 
 
-def test_pictures_and_cameras_that_do_not_fit_are_refused(folder: Path, prediction, tmp_path: Path) -> None:
+def test_pictures_and_cameras_that_do_not_fit_are_refused(debug_run: Path, prediction, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no")
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     Image.new("RGB", (32, 64)).save(tmp_path / "b.png")
@@ -183,7 +172,7 @@ def test_pictures_and_cameras_that_do_not_fit_are_refused(folder: Path, predicti
     (tmp_path / "two.json").write_text(json.dumps([camera.to_dict() for camera in prediction.cameras[:2]]))
     for images, prompt, message in ((2, "go", "2 cameras; the run was trained on 3 views"), (2, " ", "--prompt is empty")):
         with pytest.raises(MvwanError, match=message):
-            sample_pictures(folder, tmp_path / "out", [tmp_path / "a.png"] * images, tmp_path / "two.json", prompt)
+            sample_pictures(debug_run, tmp_path / "out", [tmp_path / "a.png"] * images, tmp_path / "two.json", prompt)
     for words, message in (
         (["--image", str(tmp_path / "a.png")], "need --cameras and --prompt"),
         (["--prompt", "go"], "give them with --image"),
@@ -191,7 +180,7 @@ def test_pictures_and_cameras_that_do_not_fit_are_refused(folder: Path, predicti
         (["--image", str(tmp_path / "a.png"), "--window", "3"], "leave them out beside --image"),
         (["--image", "a.png", "--cameras", "c.json", "--prompt", "go", "--point", "1,2"], "three numbers in metres"),
     ):
-        command = [sys.executable, "-m", "mvwan", "sample", str(folder), "--output", str(tmp_path / "out"), *words]
+        command = [sys.executable, "-m", "mvwan", "sample", str(debug_run), "--output", str(tmp_path / "out"), *words]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         assert run.returncode == 2 and message in run.stderr, run.stderr
     assert not (tmp_path / "out").exists()

@@ -190,10 +190,10 @@ def test_an_action_head_is_in_the_losses_the_table_the_proof_and_the_checkpoint(
     for line in result.history:
         for losses_of in (line, *line.get("bands", {}).values()):
             video = 0.5 * losses_of["rgb_loss"] + 0.5 * losses_of["heat_loss"]
-            assert losses_of["loss"] == pytest.approx(video + 0.1 * losses_of["loss_gripper"])
-            assert "loss_rotation" not in losses_of
-    assert result.history[0]["loss_gripper"] == pytest.approx(np.log(2)), "step 0 says that either is as likely"
-    assert result.losses.keys() == {"loss", "rgb_loss", "heat_loss", "loss_gripper"}
+            assert losses_of["loss"] == pytest.approx(video + 0.1 * losses_of["gripper_loss"])
+            assert "rotation_loss" not in losses_of
+    assert result.history[0]["gripper_loss"] == pytest.approx(np.log(2)), "step 0 says that either is as likely"
+    assert result.losses.keys() == {"loss", "rgb_loss", "heat_loss", "gripper_loss"}
     for groups in (read_json(output / "table.json")["groups"], read_json(output / "movement.json")["groups"]):
         assert "action_head" in [group.get("name", group.get("group")) for group in groups]
     manifest = load_trained(output).manifest
@@ -217,7 +217,7 @@ def test_two_micro_batches_are_one_batch_of_two_for_the_action_head_too(settings
     quiet = {"train": {"evaluate_every": 0, "steps": 3, "max_gradient_norm": 0.0}}
     one = train(config_of(settings, EXACT, HEAD, quiet, {"train": {"batch_size": 2, "gradient_accumulation": 1}}), tmp_path / "one")
     two = train(config_of(settings, EXACT, HEAD, quiet), tmp_path / "two")
-    names = ("loss", "loss_gripper", "gradient_norm")
+    names = ("loss", "gripper_loss", "gradient_norm")
     left, right = ([line[name] for line in run.history for name in names] for run in (one, two))
     assert left == pytest.approx(right, rel=1e-4)
     for line, other in zip(one.history, two.history, strict=True):

@@ -70,7 +70,7 @@ def spoil(config: Config, folder: Path) -> str:
 
 
 def losses(history: list[dict[str, Any]]) -> list[float]:
-    names = ("loss", "rgb_loss", "heat_loss", "loss_gripper", "gradient_norm")
+    names = ("loss", "rgb_loss", "heat_loss", "gripper_loss", "gradient_norm")
     return [line[name] for line in history if line["kind"] == "train" for name in names]
 
 

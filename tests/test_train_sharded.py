@@ -35,7 +35,7 @@ ROUNDED: dict[str, Any] = {
 }
 """A bfloat16 base under autocast, with blocks computed twice, and several micro-batches in each of two processes."""
 PAIR: dict[str, Any] = {"train": {"gradient_accumulation": 1}}
-LOSSES = ("loss", "rgb_loss", "heat_loss", "loss_gripper")
+LOSSES = ("loss", "rgb_loss", "heat_loss", "gripper_loss")
 FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--main_process_port", "0"]
 DDP = ["--multi_gpu", "--main_process_port", "0"]
 

@@ -396,6 +396,12 @@ def evaluate(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many trials there are and how many are still to run.")] = False,
 ) -> None:
     """Measure predictions on held-out windows beside baselines; with --trials also success in Meta-World beside its controls."""
+    if not windows and not trials:
+        raise MvwanError("--windows 0 without --trials: nothing is left to measure")
+    if trials and dataset is not None:
+        raise MvwanError("--dataset gives held-out windows alone; trials need the demonstrations of the run's training. Run them apart.")
+    if dry_run and not trials:
+        raise MvwanError("--dry-run counts trials; give --trials")
     if trials:
         from mvwan.closed_loop import TrialSettings, count_missing, evaluate_closed_loop, is_widened, plan_trials
         from mvwan.closed_loop import render as render_trials

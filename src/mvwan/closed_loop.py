@@ -30,6 +30,7 @@ from mvwan import pictures
 from mvwan.checkpoint import find_checkpoint, read_manifest
 from mvwan.config import Config, config_from_dict
 from mvwan.errors import MvwanError
+from mvwan.evaluation_table import CLOSED_LOOP_FORMAT
 from mvwan.files import json_line, read_json_lines, sha256_json, write_file, write_json
 from mvwan.metrics import rate_in_words, success_rate
 from mvwan.policies import POLICIES, Demonstrations, ExpertWaypoints, Hold, Policy, PolicyName, Predicted, Replay, Seen
@@ -39,7 +40,6 @@ from mvwan.sim.metaworld import CONTROL_STEPS_PER_SECOND, RESERVED_LAYOUTS, Simu
 from mvwan.sim.tasks import WIDENED, task_name
 from mvwan.stages import peak_memory_mb
 
-FORMAT_VERSION = 2
 FIRST_TUNING_LAYOUT = 800_000
 _FILM_EVERY = 4
 _WAYPOINT_COLOUR = (255, 230, 0)
@@ -118,7 +118,7 @@ def evaluate_closed_loop(
         write_file(path, "".join(json_line(line) for line in lines.values()))
         lines |= {line["digest"]: line for line in _run_all(missing, path, processes, progress)}
     result = {
-        "format_version": FORMAT_VERSION,
+        "format_version": CLOSED_LOOP_FORMAT,
         "settings": asdict(settings),
         "final": final,
         "trials": trials,
@@ -158,7 +158,7 @@ def plan_trials(
         raise MvwanError(f"--trials {trials}: at most {RESERVED_LAYOUTS - FIRST_TUNING_LAYOUT}")
     names = [task_name(task) for task in tasks] if tasks else list(_demonstrations(config).tasks)
     if not names:
-        raise MvwanError(f"{config.data.root}: no demonstration has the instruction of a Meta-World task. Name tasks with --tasks.")
+        raise MvwanError(f"{config.data.root}: no demonstration has the instruction of a Meta-World task. Name tasks with --task.")
     first = RESERVED_LAYOUTS if final else FIRST_TUNING_LAYOUT
     demonstrations = _demonstrations(config)
     planned = []
@@ -232,7 +232,7 @@ def _digest(
     if policy == "replay":
         wanted["demonstrations"] = demonstrations.fingerprint
     interval = manifest["config"]["data"]["frame_interval"]
-    return sha256_json([FORMAT_VERSION, task, layout_seed, policy, wanted, interval * demonstrations.control_steps_per_frame])
+    return sha256_json([CLOSED_LOOP_FORMAT, task, layout_seed, policy, wanted, interval * demonstrations.control_steps_per_frame])
 
 
 def _demonstrations(config: Config) -> Demonstrations:

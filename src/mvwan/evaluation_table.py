@@ -1,4 +1,4 @@
-"""How an evaluation.json is read back, and its tables for a terminal. Knows no model and takes no measure.
+"""How evaluation.json and closed_loop.json are read back, and tables of the first for a terminal. Knows no model, takes no measure.
 
     measures.<source>.<measure>    mean, count, lost; of errors also median and p95; per_frame: the mean of each frame, null if given
     ... .per_view[]                the same for each of `views`; empty for the 3-D error, which all views have in common
@@ -19,6 +19,8 @@ from mvwan.errors import MvwanError
 from mvwan.files import read_json
 
 FORMAT_VERSION = 3
+CLOSED_LOOP_FORMAT = 2
+"""Raised as well whenever the same trial may end otherwise: lines of older trials are then not taken for new ones."""
 SOURCES = ("predicted", "hold_first", "constant_velocity", "nearest", "codec")
 PCK_PX = (2, 4, 8)
 """Distances in px within which peaks are counted as well."""
@@ -55,10 +57,19 @@ _FRAMES_SHOWN = 6
 
 def read_evaluation(path: str | Path) -> dict[str, Any]:
     """The numbers in an evaluation.json. Raises `MvwanError` when another version of the package wrote them."""
+    return _read(path, FORMAT_VERSION, "mvwan evaluate")
+
+
+def read_closed_loop(path: str | Path) -> dict[str, Any]:
+    """The numbers in a closed_loop.json. Raises `MvwanError` when another version of the package wrote them."""
+    return _read(path, CLOSED_LOOP_FORMAT, "mvwan evaluate --trials")
+
+
+def _read(path: str | Path, wanted: int, command: str) -> dict[str, Any]:
     found = read_json(path)
     version = found.get("format_version") if isinstance(found, dict) else None
-    if version != FORMAT_VERSION:
-        raise MvwanError(f"{path}: format {version}, this version reads {FORMAT_VERSION}. Run `mvwan evaluate` again.")
+    if version != wanted:
+        raise MvwanError(f"{path}: format {version}, this version reads {wanted}. Run `{command}` again.")
     return found
 
 

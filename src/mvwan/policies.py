@@ -134,7 +134,7 @@ class Replay:
         """Nothing; the demonstration is drawn. Raises `MvwanError` when the task has none."""
         fitting = [episode for episode in self._demonstrations if episode.instruction == INSTRUCTIONS[task]]
         if not fitting:
-            raise MvwanError(f"task {task}: the run has no training demonstration of it to replay; choose among its own tasks with --tasks")
+            raise MvwanError(f"task {task}: the run has no training demonstration of it to replay; choose among its own tasks with --task")
         self._chosen = fitting[int(np.random.default_rng([self._seed, layout_seed]).integers(len(fitting)))]
 
     def plan(self, seen: Seen) -> Plan:

@@ -41,7 +41,8 @@ def _rates(records: Sequence[RunRecord]) -> str:
     heads = "".join(f"<th>{name}</th>" for name in ["", *(source_name(record.label) for record in records), *map(_CONTROLS.get, controls)])
     rows = []
     for task, measured in first["tasks"].items():
-        cells = [rate_in_words(record.closed_loop["tasks"][task]["predicted"]) for record in records if record.closed_loop]
+        tried = [record.closed_loop["tasks"].get(task) for record in records if record.closed_loop]
+        cells = [rate_in_words(rates["predicted"]) if rates else "–" for rates in tried]
         cells += [rate_in_words(measured[policy]) for policy in controls]
         rows.append(f"<tr><td>{html.escape(task)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'

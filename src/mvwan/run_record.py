@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mvwan.evaluate import load_prediction
-from mvwan.evaluation_table import read_evaluation
+from mvwan.evaluation_table import read_closed_loop, read_evaluation
 from mvwan.files import read_json, read_json_lines, read_text
 
 
@@ -39,9 +39,9 @@ class RunRecord:
 
     @cached_property
     def closed_loop(self) -> dict[str, Any] | None:
-        """Success in Meta-World, None when no trials were run."""
+        """Success in Meta-World, None when no trials were run. Raises `MvwanError` for numbers of another version of the package."""
         path = self.folder / "closed_loop.json"
-        return read_json(path) if path.is_file() else None
+        return read_closed_loop(path) if path.is_file() else None
 
     @cached_property
     def settings(self) -> str:

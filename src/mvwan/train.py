@@ -63,7 +63,7 @@ class TrainResult:
 
     step: int
     losses: dict[str, float]
-    """`loss`, `rgb_loss`, `heat_loss` of the last logged step, and `loss_gripper`, `loss_rotation` where an action head learns them."""
+    """`loss`, `rgb_loss`, `heat_loss` of the last logged step, and `gripper_loss`, `rotation_loss` where an action head learns them."""
     held_out: dict[str, Any] | None
     """The last evaluation's line, or None without one."""
     movement: dict[str, Any] | None
@@ -357,7 +357,7 @@ def _losses(config: Config, sums: Sequence[float], counts: Sequence[float]) -> d
 
 
 def _loss_names(config: Config) -> tuple[str, ...]:
-    learned = {"none": (), "gripper": ("loss_gripper",), "gripper_rotation": ("loss_gripper", "loss_rotation")}
+    learned = {"none": (), "gripper": ("gripper_loss",), "gripper_rotation": ("gripper_loss", "rotation_loss")}
     return ("loss", "rgb_loss", "heat_loss", *learned[config.model.action_head])
 
 

@@ -75,8 +75,3 @@ def task_name(task: str) -> str:
         if name in INSTRUCTIONS:
             return name
     raise MvwanError(f"task {task!r}: Meta-World has no such task.{nearest(task, INSTRUCTIONS)} All: {', '.join(sorted(INSTRUCTIONS))}")
-
-
-def task_of(instruction: str) -> str | None:
-    """The task that has this instruction, None when none has."""
-    return next((task for task, words in INSTRUCTIONS.items() if words == instruction), None)
