@@ -292,5 +292,19 @@ def test_the_baseline_is_named_first(tmp_path: Path, off: float, on: float, verd
     assert "(+80, +5.71 %)" in found[0]
 
 
+def test_a_run_that_finds_no_peaks_beats_nothing(tmp_path: Path) -> None:
+    """Lost peaks count as held, so its error is a shade below that of holding by itself."""
+    sentences(tmp_path, [7.9, 7.9], [7.9, 7.9])
+    records = []
+    for label in ("off", "on"):
+        path = tmp_path / label / "evaluation.json"
+        told = json.loads(path.read_text())
+        told["measures"]["predicted"]["lost"]["mean"] = 0.77
+        path.write_text(json.dumps(told))
+        records.append(RunRecord(label=label, folder=tmp_path / label))
+    verdict = findings(records)[3]
+    assert "off 77 %, on 77 %" in verdict and "train longer" in verdict and "beats" not in verdict
+
+
 def test_smoothing_is_a_mean_of_what_came_before() -> None:
     assert report_figures.smoothed([(1, 2.0), (2, None), (3, 4.0), (4, 9.0)], 2) == [(1, 2.0), (3, 3.0), (4, 6.5)]

@@ -15,6 +15,9 @@ from mvwan.evaluate import load_prediction
 from mvwan.evaluation_table import read_closed_loop, read_evaluation
 from mvwan.files import read_json, read_json_lines, read_text
 
+_MOSTLY_LOST = 0.5
+"""Where more heatmaps than this have no peak, an error near that of holding says nothing of the run."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunRecord:
@@ -117,6 +120,10 @@ def _against_baseline(records: Sequence[RunRecord], hold: float | None, codec: f
     floor = f"The truth sent through the VAE and back is already {number(codec, 2)} px off."
     if hold is None:
         return f"No visible point in the held-out windows, so nothing can be compared. {floor}"
+    lost = {record.label: record.mean("lost") or 0.0 for record in records}
+    if max(lost.values()) > _MOSTLY_LOST:
+        shares = ", ".join(f"{label} {100 * share:.0f} %" for label, share in lost.items())
+        return f"Heatmaps without a peak, which count as holding: {shares}. So the errors are those of holding; train longer. {floor}"
     better = [record.label for record in records if (record.mean("peak_error_px") or np.inf) < hold]
     verdict = {
         0: "No run beats holding the first frame yet: train longer, on more demonstrations, or on a better VAE.",
