@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tiny_wan_clips as clips
 import torch
+from diffusers import WanTransformer3DModel
 from tiny_wan_parts import SHIFT, TEXT_TOKENS
 from tiny_wan_transformer import loss_of, velocity
 
@@ -63,7 +64,8 @@ def measure(folder: str, videos: list[clips.Video], num_videos: int, seed: int) 
     measured = {}
     for name, chosen in kinds(videos, num_videos).items():
         clean, of_vae = measure_vae(codec, chosen)
-        measured[name] = {**of_vae, **_measure_transformer(folder, codec, clean, chosen.pictures, chosen.instructions, seed)}
+        transformer, text = load_transformer(folder, torch.float32), codec.encode_text(chosen.instructions)
+        measured[name] = {**of_vae, **measure_transformer(transformer, codec, clean, text, chosen.pictures, seed)}
     return measured
 
 
@@ -111,11 +113,10 @@ def _peak_shift(codec: LatentCodec, uv_px: np.ndarray, seen: np.ndarray, sigma_p
 
 
 @torch.no_grad()
-def _measure_transformer(
-    folder: str, codec: LatentCodec, clean: torch.Tensor, pictures: np.ndarray, instructions: list[str], seed: int
+def measure_transformer(
+    transformer: WanTransformer3DModel, codec: LatentCodec, clean: torch.Tensor, text: torch.Tensor, pictures: np.ndarray, seed: int
 ) -> dict[str, Any]:
-    transformer = load_transformer(folder, torch.float32)
-    text = codec.encode_text(instructions)
+    """Velocity losses and predictions on videos of latents clean [N C f h w], prompts [N L D] and pictures [N F H W 3]."""
     names = [str(index) for index in range(len(clean))]
     noise = flow.draw_noise(seed, 0, names, clean.shape[1:])
     losses = {

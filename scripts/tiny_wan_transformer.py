@@ -76,13 +76,19 @@ def velocity(transformer: WanTransformer3DModel, noisy: torch.Tensor, sigma: tor
 
 
 def loss_of(
-    transformer: WanTransformer3DModel, clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor
+    transformer: WanTransformer3DModel,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    sigma: torch.Tensor,
+    text: torch.Tensor,
+    per_sample: bool = False,
 ) -> torch.Tensor:
-    """Mean squared velocity error over the frames that are not given; `sigma` [B]."""
+    """Mean squared velocity error over the frames that are not given, of all or [B] of each sample; `sigma` [B]."""
     per_frame = flow.sigma_per_frame(sigma, clean.shape[2], 1)
     noisy = flow.add_noise(clean[:, None], noise[:, None], per_frame)[:, 0]
     error = velocity(transformer, noisy, per_frame, text) - flow.velocity_target(clean, noise)
-    return error[:, :, 1:].square().mean()
+    squared = error[:, :, 1:].square()
+    return squared.flatten(1).mean(dim=1) if per_sample else squared.mean()
 
 
 def train(

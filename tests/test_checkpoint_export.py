@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mvwan.checkpoint import load_trained
+from mvwan.checkpoint import load_trained, read_optimizer
+from mvwan.checkpoint_compare import verify_checkpoint
 from mvwan.checkpoint_export import FORMS, LORA_FILE, REST_FILE, Form, export_checkpoint
 from mvwan.errors import MvwanError
 from mvwan.model.multiview_wan import MultiViewWan
@@ -46,6 +47,28 @@ def stock_output(stock: WanTransformer3DModel, latents: torch.Tensor, timestep: 
     per_token = per_token.repeat_interleave(height * width // 4, dim=1)
     with torch.no_grad():
         return torch.stack([stock(latents[:, view, :48], per_token, text, return_dict=False)[0] for view in range(views)], dim=1)
+
+
+# ── mvwan ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("ema", [False, True], ids=["trained", "ema"])
+def test_a_shared_checkpoint_is_the_same_model_without_optimizer_state(ema: bool, tmp_path: Path) -> None:
+    save_run(tmp_path / "run", ema=True, unfreeze_modulation_and_norms=True)
+    written = export_checkpoint(tmp_path / "run", tmp_path / "shared", "mvwan", ema=ema)
+    assert sorted(path.name for path in written.path.iterdir()) == ["COMMITTED", "manifest.json", "trained.safetensors"]
+    (before, about_before), (after, about) = load_trained(tmp_path / "run", ema=ema), load_trained(written.path)
+    assert same(dict(before), dict(after))
+    assert {**about, "files": None, "groups": None} == {**about_before, "files": None, "groups": None}
+    assert "all digests match" in verify_checkpoint(written.path)[1]
+    with pytest.raises(MvwanError, match=r"holds no optimizer state.*train\.from_checkpoint"):
+        read_optimizer(written.path)
+
+
+def test_an_older_file_is_not_shared_under_an_invented_base(tmp_path: Path) -> None:
+    with pytest.raises(MvwanError, match="does not know its base"):
+        export_checkpoint(GOLDEN / "trained_frozen.safetensors", tmp_path / "shared", "mvwan")
+    assert not (tmp_path / "shared").exists()
 
 
 # ── wan-native ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -43,8 +43,7 @@ def constant_velocity(sample: Sample, window: Window, given: int) -> Answer:
     if given >= 2:
         point_m = metrics.constant_velocity(sample.point_m, 0, given)
     else:
-        interval = window.frames.step
-        before = window.frames[0] - interval
+        before = window.frames[0] - window.interval
         now_m = sample.point_m[0]
         velocity = now_m - window.episode.point_m[before] if before >= 0 else np.zeros(3)
         if not np.isfinite(velocity).all():

@@ -12,7 +12,8 @@
                                     loss, settings, versions, accepted changes of what trains, and the SHA-256 of every file above
             COMMITTED               written last: the SHA-256 of manifest.json
 
-So every byte is vouched for, and nothing is pickled. Frozen tensors that a run took over from another checkpoint (`newer`)
+So every byte is vouched for, and nothing is pickled. A checkpoint that was exported for others (`share_checkpoint`) has neither moving
+average nor optimizer and state. Frozen tensors that a run took over from another checkpoint (`newer`)
 are kept in `trained.safetensors` too, under a group with mode `frozen`: they would be lost otherwise.
 
 A file of the older system (bare safetensors, Wan-native names, no metadata) loads by its path alone, as format version 0.
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mvwan.actions import ACTION_HEADS, action_head_of
-from mvwan.errors import MvwanError
+from mvwan.errors import MvwanError, nearest
 from mvwan.files import (
     COMMIT_MARK,
     is_committed,
@@ -47,6 +48,8 @@ from mvwan.files import (
 from mvwan.model.native_names import to_ours
 from mvwan.tensors import TensorFile, digest, write_tensors
 
+SHIPPED = {"tiny-tracking": Path(__file__).parent / "assets" / "tiny-tracking"}
+"""Checkpoints that come with the package, by the name that stands for their path: the tiny Wan after multi-view tracking."""
 FORMAT_VERSION = 1
 OLDER_SYSTEM = 0
 LATEST, BEST = "latest", "best"
@@ -112,6 +115,22 @@ def save_checkpoint(
         mark_committed(partial, sha256_file(partial / MANIFEST) + "\n")
     tidy(output, keep_last, keep_best)
     return target
+
+
+def share_checkpoint(found: Path, output: Path, ema: bool = False) -> Path:
+    """The new folder `output`: the checkpoint folder `found` without optimizer state and with one set of tensors, the trained ones or
+    (`ema`) their moving average. All that a run needs to start from it or to predict with it, in a third of the bytes or less."""
+    tensors, manifest = load_trained(found, ema=ema)
+    with whole_directory(output) as partial:
+        write_tensors(partial / TRAINED, tensors)
+        content = {
+            **manifest,
+            "groups": {name: _group_entry(group, tensors) for name, group in manifest["groups"].items()},
+            "files": {TRAINED: sha256_file(partial / TRAINED)},
+        }
+        write_json(partial / MANIFEST, content)
+        mark_committed(partial, sha256_file(partial / MANIFEST) + "\n")
+    return output
 
 
 def tidy(output: str | Path, keep_last: int = 0, keep_best: bool = False) -> None:
@@ -180,16 +199,18 @@ def latest_checkpoint(output: str | Path) -> Path | None:
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint folder, or the file of the older system, that `path` means: either of them, or a run's folder (its newest).
 
-    `…/checkpoints/best` and `…/checkpoints/latest` mean the folder they name. Raises `MvwanError` when there is none.
+    `…/checkpoints/best` and `…/checkpoints/latest` mean the folder they name, `tiny-tracking` the one that ships with the tiny Wan.
+    Raises `MvwanError` when there is none.
     """
-    path = Path(path)
+    path = SHIPPED.get(str(path), Path(path))
     if os.path.isfile(path) and path.name in (LATEST, BEST) and path.parent.name == "checkpoints":
         path = path.parent / _pointed_to(path)
     if os.path.isfile(path):
         return path.parent if path.name == TRAINED and is_committed(path.parent) else path
     if not os.path.isdir(path):
         raise MvwanError(
-            f"checkpoint {path}: no such file or folder. Give a run's output folder, a checkpoint folder or a .safetensors file."
+            f"checkpoint {path}: no such file or folder.{nearest(str(path), SHIPPED)} Give a run's output folder, a checkpoint folder, "
+            f"a .safetensors file, or {', '.join(SHIPPED)}."
         )
     if is_committed(path):
         return path
@@ -298,6 +319,10 @@ def read_optimizer(path: str | Path) -> tuple[TensorFile, dict[str, Any]]:
     """(`exp_avg/<name>` and `exp_avg_sq/<name>`, state) of a checkpoint folder, digests checked. Raises `MvwanError` when damaged."""
     folder = Path(path)
     manifest = read_manifest(folder)
+    if OPTIMIZER not in manifest["files"]:
+        raise MvwanError(
+            f"checkpoint {folder}: holds no optimizer state, so no run can be resumed from it. Start a new one with train.from_checkpoint."
+        )
     tensors = _load_checked(folder, OPTIMIZER, manifest)
     if manifest["files"].get(STATE) != sha256_file(folder / STATE):
         raise _damaged(folder / STATE)

@@ -1,5 +1,6 @@
 """A checkpoint in the forms that others read:
 
+    mvwan           a checkpoint folder of ours without optimizer state: to start from, to predict with, to pass on
     wan-native      one file with the older system's names and nothing else: every tensor of the checkpoint, to the bit
     diffusers-lora  a folder: the LoRA of stock layers as stock diffusers loads it, everything else in a file beside it
     merged          a folder: a stock transformer with the LoRA merged, equal to the adapted model's RGB half
@@ -19,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from safetensors import SafetensorError
 
-from mvwan.checkpoint import OLDER_SYSTEM, find_checkpoint, load_trained
+from mvwan.checkpoint import OLDER_SYSTEM, find_checkpoint, load_trained, share_checkpoint
 from mvwan.config import TrainableConfig
 from mvwan.errors import MvwanError, nearest
 from mvwan.files import whole_directory, whole_file, write_file
@@ -30,7 +31,7 @@ from mvwan.model.trainable import MergeReport, adapted_weight, merge_adapters, n
 from mvwan.model.wan import WanTransformer3DModel, in_float32_island
 from mvwan.tensors import TensorFile, digest, write_tensors
 
-Form = Literal["wan-native", "diffusers-lora", "merged", "multiview"]
+Form = Literal["mvwan", "wan-native", "diffusers-lora", "merged", "multiview"]
 Dtype = Literal["float32", "bfloat16"]
 FORMS: tuple[Form, ...] = get_args(Form)
 LORA_FILE, REST_FILE = "pytorch_lora_weights.safetensors", "multiview.safetensors"
@@ -66,6 +67,8 @@ def export_checkpoint(
     _check_options(form, output, base=base, dtype=dtype, rgb_only=rgb_only)
     found = find_checkpoint(path)
     tensors, manifest = load_trained(found, ema=ema)
+    if form == "mvwan":
+        return _write_shared(output, tensors, manifest, found, ema)
     if form == "wan-native":
         return _write_native(output, tensors, manifest, found)
     if form == "diffusers-lora":
@@ -97,6 +100,17 @@ def _count(names: Mapping[str, Any]) -> str:
 
 
 # ── the trained tensors alone ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _write_shared(output: Path, tensors: TensorFile, manifest: Mapping[str, Any], found: Path, ema: bool) -> Export:
+    if manifest["format_version"] == OLDER_SYSTEM:
+        raise MvwanError(f"checkpoint {found}: a file of the older system does not know its base and settings. Pass on the file as it is.")
+    share_checkpoint(found, output, ema)
+    notes = (
+        f"{len(tensors)} tensors, float32 ({_count(tensors)}); the base, {manifest['base']['id']}, is not in it",
+        "for train.from_checkpoint, evaluate and sample; without optimizer state, so not for --resume",
+    )
+    return Export(path=output, notes=notes)
 
 
 def _write_native(output: Path, tensors: TensorFile, manifest: Mapping[str, Any], found: Path) -> Export:

@@ -25,6 +25,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing
 class Form(StrEnum):
     """What `export` writes."""
 
+    mvwan = "mvwan"
     wan_native = "wan-native"
     diffusers_lora = "diffusers-lora"
     merged = "merged"
@@ -118,7 +119,7 @@ def export(
         Form,
         typer.Option(
             "--format",
-            help="wan-native: one file of the older system. diffusers-lora: LoRA for stock diffusers, the rest beside it. "
+            help="mvwan: a checkpoint without optimizer state, to pass on. wan-native: one file of the older system. diffusers-lora: LoRA for stock diffusers, the rest beside it. "
             "merged: a stock transformer equal to the RGB half. multiview: the whole model as a diffusers folder.",
             show_default=False,
         ),

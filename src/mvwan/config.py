@@ -149,6 +149,9 @@ class DataConfig:
     """Recorded frames from one picture of a window to the next."""
     window_stride: int = 4
     """Recorded frames from the start of one window to the start of the next."""
+    past_end: int = 0
+    """Recorded frames by which a window may run past the end of its episode, where all then stands still: so that a model also learns
+    what to do at the end, and that it is over."""
     height_px: int = 256
     """Height that pictures are resized to, a multiple of 32."""
     width_px: int = 256
@@ -168,6 +171,7 @@ class DataConfig:
         check_picture_size(self.height_px, self.width_px)
         for name in ("frame_interval", "window_stride", "heatmap_sigma_px", "text_tokens"):
             _positive(f"data.{name}", getattr(self, name))
+        _positive("data.past_end", self.past_end, allow_minimum=True)
         _share("data.validation_share", self.validation_share)
 
 

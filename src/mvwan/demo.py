@@ -124,7 +124,7 @@ def _config(demonstrations: Path, latents: Path, steps: int, seed: int, switch: 
             "keep_last": 1,
         },
     }
-    return config_from_preset("tiny", settings, where="demo")
+    return config_from_preset("tiny-finetune", settings, where="demo")
 
 
 def _print_tables(configs: Mapping[str, Config], console: Console) -> None:

@@ -18,6 +18,7 @@ _TINY: dict[str, Any] = {
     "data": {
         "num_frames": 13,
         "frame_interval": 2,  # Meta-World is recorded at 40 frames per second: at 20 the arm goes somewhere within a window
+        "past_end": 20,  # a window spans 25 recorded frames and an episode about 40: else no window begins in its second half
         "height_px": 128,
         "width_px": 128,
         "heatmap_sigma_px": 4.0,
@@ -75,6 +76,28 @@ _PRESETS: dict[str, dict[str, Any]] = {
     ),
     # The tiny Wan on a laptop's CPU, in minutes.
     "tiny": _TINY,
+    # The tiny Wan learns, from many tasks, to see with several cameras and to track: minutes of data, an hour of training.
+    "tiny-pretrain": merge(
+        _TINY,
+        {
+            "unfreeze_modulation_and_norms": True,
+            "data": {"window_stride": 6, "validation_share": 0.05},
+            "train": {
+                "steps": 3000,
+                "batch_size": 8,
+                "learning_rate": 4e-3,
+                "adam_betas": (0.9, 0.99),
+                "warmup_steps": 50,
+                "rgb_weight": 0.2,
+                "save_every": 250,
+                "evaluate_every": 250,
+            },
+        },
+    ),
+    # The tiny Wan on demonstrations, from the tracking checkpoint that ships with it.
+    "tiny-finetune": merge(
+        _TINY, {"train": {"from_checkpoint": "tiny-tracking", "steps": 1000, "batch_size": 4, "learning_rate": 2e-3, "adam_betas": (0.9, 0.99), "rgb_weight": 0.2}}
+    ),
     # Fine-tuning of the 5B on robot demonstrations, and its pretraining on multi-view tracking before.
     "wan2.2-ti2v-5b": _FINETUNE,
     "wan2.2-ti2v-5b-pretrain": merge(_FINETUNE, {"data": {"num_frames": 13, "frame_interval": 2, "heatmap_sigma_px": 2.0}}),

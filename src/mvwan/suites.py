@@ -175,7 +175,7 @@ class Reproduction:
             "data": {"root": str(folder / "demonstrations"), "cache": str(folder / "latents")},
             "train": {"steps": self.steps},
         }
-        return config_from_preset("tiny", defaults, parse_overrides(self.overrides), owned, where="settings")
+        return config_from_preset("tiny-finetune", defaults, parse_overrides(self.overrides), owned, where="settings")
 
     @property
     def command(self) -> str:

@@ -10,6 +10,7 @@ from mvwan.cameras import Camera, look_at
 from mvwan.config import AugmentConfig, DataConfig
 from mvwan.data.dataset import WindowDataset, global_indices, heat_video, held_out, order, read_episodes
 from mvwan.data.lerobot import write_dataset
+from mvwan.data.transforms import resize
 from mvwan.errors import MvwanError
 from mvwan.heatmaps import peak, render, uncolour
 
@@ -69,7 +70,7 @@ def make_dataset(episodes=None, split="train", seed=0, views=3, **fields):
 def test_windows_cover_the_episode_to_its_last_frame(num_frames, interval, stride, starts):
     dataset = make_dataset([make_episode(num_frames=num_frames)], frame_interval=interval, window_stride=stride)
     assert [window.frames[0] for window in dataset.windows] == starts
-    assert all(len(window.frames) == 9 and window.frames.step == interval for window in dataset.windows)
+    assert all(len(window.frames) == 9 and set(np.diff(window.frames)) == {interval} for window in dataset.windows)
     assert dataset.windows[-1].frames[-1] == num_frames - 1
     assert len(dataset) == len(starts)
 
@@ -89,6 +90,23 @@ def test_windows_do_not_depend_on_the_order_of_the_files():
     episodes = [make_episode(name, frames) for name, frames in (("b", 12), ("a", 15), ("c", 9))]
     ids = [[data.sample_id(index) for index in range(len(data))] for data in (make_dataset(episodes), make_dataset(episodes[::-1]))]
     assert ids[0] == ids[1] == ["a@0#0", "a@4#0", "a@6#0", "b@0#0", "b@3#0", "c@0#0"]
+
+
+@pytest.mark.parametrize(("past_end", "starts"), [(1, [0, 4, 8, 9]), (6, [0, 4, 8, 12, 14]), (8, [0, 4, 8, 12, 16]), (50, [0, 4, 8, 12, 16])])
+def test_windows_run_past_the_end_of_an_episode_where_all_stands_still(past_end, starts):
+    episode = make_episode(num_frames=17)
+    dataset = make_dataset([episode], past_end=past_end)
+    assert [window.frames[0] for window in dataset.windows] == starts
+    last = dataset.sample(len(dataset) - 1)
+    frames = np.minimum(np.arange(starts[-1], starts[-1] + 9), 16)
+    np.testing.assert_array_equal(last.point_m, episode.point_m[frames])
+    np.testing.assert_array_equal(last.rgb, resize(episode.read_rgb(frames.tolist()), episode.cameras, 64, 96)[0])
+    assert len({dataset.sample_id(index) for index in range(len(dataset))}) == len(dataset)
+
+
+def test_a_short_episode_has_windows_when_they_may_run_past_its_end():
+    dataset = make_dataset([make_episode("a", 3)], past_end=6)
+    assert dataset.skipped == () and [window.frames for window in dataset.windows] == [(0, 1, *[2] * 7)]
 
 
 # --- samples

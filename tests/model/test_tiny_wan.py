@@ -3,13 +3,19 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
 from mvwan import heatmaps
+from mvwan.checkpoint import find_checkpoint, load_trained
+from mvwan.checkpoint_compare import verify_checkpoint
+from mvwan.errors import MvwanError
 from mvwan.model.latents import LatentCodec
 from mvwan.model.wan import TINY_FOLDER
+from mvwan.presets import config_from_preset
+from mvwan.training_module import HeatmapWanTrainingModule
 
 WORDS = "Close the window."
 
@@ -52,4 +58,22 @@ def test_what_it_says_of_itself_is_what_was_asked_of_it() -> None:
     for kind in ("rig", "random"):
         shift = next(part for part in told[kind]["heatmap_peak_shift"] if part["heatmap_sigma_px"] == 4.0)
         assert shift["mean_px"] < 0.5
-    assert sum(path.stat().st_size for path in TINY_FOLDER.rglob("*") if path.is_file()) < 40e6
+    assert sum(path.stat().st_size for path in TINY_FOLDER.parent.rglob("*") if path.is_file()) < 40e6
+
+
+@pytest.mark.parametrize("switch", [False, True])
+def test_the_tracking_checkpoint_is_whole_and_starts_runs_with_the_switch_off_and_on(switch: bool) -> None:
+    found, sentence = verify_checkpoint("tiny-tracking")
+    assert found.parent == TINY_FOLDER.parent and "all digests match" in sentence
+    config = config_from_preset("tiny-finetune", {"unfreeze_modulation_and_norms": switch})
+    assert config.train.from_checkpoint == "tiny-tracking"
+    module = HeatmapWanTrainingModule(config=config, checkpoint="tiny-tracking", print_banners=False)
+    stored = load_trained("tiny-tracking").tensors
+    held = module.saved_tensors()
+    assert held.keys() == stored.keys() and all(torch.equal(held[name], stored[name]) for name in stored)
+    assert module.fit is not None and module.fit.outcome == ("exact" if switch else "newer")
+
+
+def test_a_tracking_checkpoint_of_nearly_that_name_is_not_there() -> None:
+    with pytest.raises(MvwanError, match="Did you mean 'tiny-tracking'"):
+        find_checkpoint("tiny-traking")

@@ -84,15 +84,17 @@ class Window:
     """Where a sample lies in the recording."""
 
     episode: Episode
-    frames: range
-    """Recorded frames of its pictures."""
+    frames: tuple[int, ...]
+    """Recorded frames of its pictures; the last one of the episode again and again where the window runs past its end."""
+    interval: int
+    """Recorded frames from one picture to the next."""
 
 
 class WindowDataset:
     """The windows of one split, in the order of episode names and time.
 
-    Windows start every `data.window_stride` frames, and the last one ends with the episode. Episodes too short for a window are left
-    out and named in `.skipped`. Raises `MvwanError` when no window is left (a split without episodes is empty only for validation),
+    Windows start every `data.window_stride` frames, and the last one ends with the episode, or `data.past_end` frames later: all
+    stands still then. Episodes too short for a window are left out and named in `.skipped`. Raises `MvwanError` when no window is left (a split without episodes is empty only for validation),
     when the cameras do not fit, or when two episodes share a name.
     """
 
@@ -106,19 +108,23 @@ class WindowDataset:
         self._camera_names = _choose_cameras(episodes, data.cameras, num_views)
         chosen = _split(episodes, data.validation_share, split, seed)
         span = (data.num_frames - 1) * data.frame_interval + 1
-        self.skipped = tuple(episode.name for episode in chosen if episode.num_frames < span)
+        self.skipped = tuple(episode.name for episode in chosen if episode.num_frames + data.past_end < span)
         """Names of the split's episodes that are shorter than a window."""
         if chosen and len(self.skipped) == len(chosen):
             longest = max(episode.num_frames for episode in chosen)
             raise MvwanError(
                 f"data.num_frames={data.num_frames} with data.frame_interval={data.frame_interval} spans {span} recorded frames; "
                 f"the longest of {len(chosen)} {split} episodes has {longest}. "
-                "Lower data.num_frames or data.frame_interval, or record longer episodes."
+                "Lower data.num_frames or data.frame_interval, raise data.past_end, or record longer episodes."
             )
         self.windows = tuple(
-            Window(episode=episode, frames=range(start, start + span, data.frame_interval))
+            Window(
+                episode=episode,
+                frames=tuple(min(frame, episode.num_frames - 1) for frame in range(start, start + span, data.frame_interval)),
+                interval=data.frame_interval,
+            )
             for episode in chosen
-            for start in _starts(episode.num_frames, span, data.window_stride)
+            for start in _starts(episode.num_frames + min(data.past_end, span - 1), span, data.window_stride)
         )
 
     def __len__(self) -> int:
@@ -258,7 +264,7 @@ def _episode_fingerprint(episode: Episode, camera_names: Sequence[str]) -> str:
 
 
 def _starts(num_frames: int, span: int, stride: int) -> list[int]:
-    """First frames of the windows of an episode: every `stride`, and one whose last frame is the episode's last."""
+    """First frames of the windows: every `stride`, and one whose last frame is the last of `num_frames`."""
     starts = list(range(0, num_frames - span + 1, stride))
     if starts and starts[-1] != num_frames - span:
         starts.append(num_frames - span)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from einops import rearrange
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mvwan.actions import ACTION_HEADS
 from mvwan.errors import MvwanError
@@ -34,6 +35,11 @@ ACTION_WIDTH = 64
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x * (1 + scale) + shift in float32. x [B S f n D] normalised; shift, scale [B 1 f 1 D]."""
     return x * (1 + scale) + shift
+
+
+def fastest_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Within it, attention is product, softmax, product on a CPU, where torch's fused kernel takes several times longer; else torch's choice."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
 class QueryKeyNorm(nn.RMSNorm):
@@ -68,6 +74,17 @@ class MultiViewWanBlock(WanTransformerBlock):
         x [B S f n D], S streams; text [B L D], shared by the streams of a sample; time [B f 6 D], one vector per latent frame;
         rope_frames over (f n), rope_streams over (S n), each (cos, sin).
         """
+        with fastest_attention(x.device):
+            return self._forward(x, text, time, rope_frames, rope_streams)
+
+    def _forward(
+        self,
+        x: torch.Tensor,
+        text: torch.Tensor,
+        time: torch.Tensor,
+        rope_frames: tuple[torch.Tensor, torch.Tensor],
+        rope_streams: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
         streams, frames, tokens = x.shape[1:4]
         table = rearrange(self.scale_shift_table + time.float(), "B f k D -> k B 1 f 1 D")
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = table.unbind(0)
