@@ -106,7 +106,7 @@ def _made_up_latents(codec: LatentCodec, count: int, config: Config, seed: int, 
 
 
 def _path(rng: np.random.Generator, frames: int, height: int, width: int) -> np.ndarray:
-    """[frames 2] px inside the picture: a bent way from here to there that starts and ends anywhere on it, slow or fast, or standing still."""
+    """[frames 2] px inside the picture: some part of a bent way from here to there, slow or fast, or standing still."""
     start, end = rng.uniform(0, 1, (2, 2)) * (width, height)
     reach = rng.uniform(0, LONGEST_STEP_PX) * (frames - 1) * (rng.random() > 0.1)
     end = start + (end - start) * min(1.0, reach / max(1e-6, float(np.linalg.norm(end - start))))

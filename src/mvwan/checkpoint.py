@@ -230,6 +230,14 @@ def _pointed_to(pointer: Path) -> str:
     return name
 
 
+def checkpoint_digest(path: str | Path | None) -> str | None:
+    """64 hex digits that change with whatever is in the checkpoint that `path` means; None for None."""
+    if path is None:
+        return None
+    found = find_checkpoint(path)
+    return sha256_file(found if found.is_file() else found / MANIFEST)
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder, checked against its commit mark. Raises `MvwanError` when it was changed or is not one."""
     folder = Path(folder)

@@ -119,7 +119,8 @@ def export(
         Form,
         typer.Option(
             "--format",
-            help="mvwan: a checkpoint without optimizer state, to pass on. wan-native: one file of the older system. diffusers-lora: LoRA for stock diffusers, the rest beside it. "
+            help="mvwan: a checkpoint without optimizer state, to pass on. wan-native: one file of the older system. "
+            "diffusers-lora: LoRA for stock diffusers, the rest beside it. "
             "merged: a stock transformer equal to the RGB half. multiview: the whole model as a diffusers folder.",
             show_default=False,
         ),

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.panel import Panel
 
+from mvwan.checkpoint import checkpoint_digest
 from mvwan.config import Config
 from mvwan.data.dataset import WindowDataset, read_episodes
 from mvwan.evaluate import evaluate_prediction
@@ -82,7 +83,8 @@ def run_demo(
         keep_stale=True,
     )
     for label, config in configs.items():
-        settings = {"config": config.to_dict(), "base": base_digest(source)}
+        start = checkpoint_digest(config.train.from_checkpoint)
+        settings = {"config": config.to_dict(), "base": base_digest(source), "start": start}
         stages.run(f"Fine-tune, switch {label}", settings, output / label, partial(train, config, output / label, resume=True))
     measured: Any = None
     for label in configs:

@@ -16,9 +16,11 @@ _TINY: dict[str, Any] = {
     "model": {"fusion": "view", "action_head": "gripper"},
     "trainable": {"lora": {"rank": 8}},
     "data": {
-        "num_frames": 13,
-        "frame_interval": 2,  # Meta-World is recorded at 40 frames per second: at 20 the arm goes somewhere within a window
-        "past_end": 20,  # a window spans 25 recorded frames and an episode about 40: else no window begins in its second half
+        # At 40 frames per second these are 0.2 s. Twice the interval and half as many frames again make the latents of heatmaps much
+        # harder to say: a spot that crosses several cells within a latent frame. An arm looks again soon anyway.
+        "num_frames": 9,
+        "frame_interval": 1,
+        "past_end": 8,  # else no window begins in the last frames of an episode, and an arm near its goal sees nothing it knows
         "height_px": 128,
         "width_px": 128,
         "heatmap_sigma_px": 4.0,
@@ -96,7 +98,17 @@ _PRESETS: dict[str, dict[str, Any]] = {
     ),
     # The tiny Wan on demonstrations, from the tracking checkpoint that ships with it.
     "tiny-finetune": merge(
-        _TINY, {"train": {"from_checkpoint": "tiny-tracking", "steps": 1000, "batch_size": 4, "learning_rate": 2e-3, "adam_betas": (0.9, 0.99), "rgb_weight": 0.2}}
+        _TINY,
+        {
+            "train": {
+                "from_checkpoint": "tiny-tracking",
+                "steps": 1000,
+                "batch_size": 4,
+                "learning_rate": 2e-3,
+                "adam_betas": (0.9, 0.99),
+                "rgb_weight": 0.2,
+            }
+        },
     ),
     # Fine-tuning of the 5B on robot demonstrations, and its pretraining on multi-view tracking before.
     "wan2.2-ti2v-5b": _FINETUNE,

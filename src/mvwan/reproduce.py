@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 
 import mvwan
+from mvwan.checkpoint import checkpoint_digest
 from mvwan.closed_loop import evaluate_closed_loop, render
 from mvwan.config import Config, dump_yaml
 from mvwan.data.dataset import WindowDataset, read_episodes
@@ -75,7 +76,8 @@ def _stages_of(wanted: Reproduction, count: int) -> list[Stage]:
     stages.append(encode)
     for label in wanted.switches:
         config = wanted.config(count, label)
-        fit = {"config": config.to_dict(), "base": base_digest(config.base.source)}
+        start = checkpoint_digest(config.train.from_checkpoint)
+        fit = {"config": config.to_dict(), "base": base_digest(config.base.source), "start": start}
         name, run = f"{of}, switch {label}", folder / label
         work = partial(train, config, run, resume=True)
         stages.append(Stage(name=f"Train on {name}", settings=fit, product=run, work=work, after=encode.name, is_costly=True))
@@ -193,7 +195,7 @@ def describe(wanted: Reproduction) -> str:
     """What would be done: the settings of the first training, and every stage with what it is made from."""
     lines = [dump_yaml(wanted.config(wanted.counts[0], wanted.switches[0])), wanted.command]
     for number, stage in enumerate(plan_stages(wanted), 1):
-        shown = {name: value for name, value in stage.settings.items() if name not in ("config", "code", "base", "codec", "data")}
+        shown = {name: value for name, value in stage.settings.items() if name not in ("config", "code", "base", "start", "codec", "data")}
         said = ", ".join(f"{name} {_words(value)}" for name, value in shown.items())
         lines.append(f"{number}. {stage.name}: {stage.product}{f' ({said})' if said else ''}")
     return "\n".join(lines)

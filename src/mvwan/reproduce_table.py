@@ -7,8 +7,10 @@ from mvwan.metrics import rate_in_words
 
 _SETTINGS = (
     ("base", "base.source"),
+    ("started from", "train.from_checkpoint"),
     ("fusion", "model.fusion"),
     ("action head", "model.action_head"),
+    ("LoRA rank", "trainable.lora.rank"),
     ("optimizer steps", "train.steps"),
     ("windows per micro-batch", "train.batch_size"),
     ("micro-batches per step", "train.gradient_accumulation"),
@@ -17,6 +19,9 @@ _SETTINGS = (
     ("weight of RGB", "train.rgb_weight"),
     ("frames per window", "data.num_frames"),
     ("recorded frames apart", "data.frame_interval"),
+    ("frames from window to window", "data.window_stride"),
+    ("frames past an episode's end", "data.past_end"),
+    ("augmented variants", "data.augment.variants"),
     ("picture", "data.height_px"),
     ("share held out", "data.validation_share"),
     ("seed", "seed"),
@@ -39,6 +44,11 @@ def _about(result: Mapping[str, Any]) -> str:
     lines = [
         f"Successes in Meta-World on {kind} layouts {first} to {last} of each task, with 95 % Wilson intervals. One model for all tasks."
     ]
+    if result["config"]["train"]["from_checkpoint"] == "tiny-tracking":
+        lines.append(
+            "Runs start from `tiny-tracking`: that checkpoint has learned to track from 12 demonstrations of each of 38 other tasks, with "
+            "the switch on; where the switch is off, its modulation and norms stay as they are."
+        )
     if result["final"]:
         lines.append("These layouts are kept for this measurement; nothing is chosen on them.")
     else:

@@ -92,7 +92,9 @@ def test_windows_do_not_depend_on_the_order_of_the_files():
     assert ids[0] == ids[1] == ["a@0#0", "a@4#0", "a@6#0", "b@0#0", "b@3#0", "c@0#0"]
 
 
-@pytest.mark.parametrize(("past_end", "starts"), [(1, [0, 4, 8, 9]), (6, [0, 4, 8, 12, 14]), (8, [0, 4, 8, 12, 16]), (50, [0, 4, 8, 12, 16])])
+@pytest.mark.parametrize(
+    ("past_end", "starts"), [(1, [0, 4, 8, 9]), (6, [0, 4, 8, 12, 14]), (8, [0, 4, 8, 12, 16]), (50, [0, 4, 8, 12, 16])]
+)
 def test_windows_run_past_the_end_of_an_episode_where_all_stands_still(past_end, starts):
     episode = make_episode(num_frames=17)
     dataset = make_dataset([episode], past_end=past_end)

@@ -94,8 +94,8 @@ class WindowDataset:
     """The windows of one split, in the order of episode names and time.
 
     Windows start every `data.window_stride` frames, and the last one ends with the episode, or `data.past_end` frames later: all
-    stands still then. Episodes too short for a window are left out and named in `.skipped`. Raises `MvwanError` when no window is left (a split without episodes is empty only for validation),
-    when the cameras do not fit, or when two episodes share a name.
+    stands still then. Episodes too short for a window are left out and named in `.skipped`. Raises `MvwanError` when no window is
+    left (a split without episodes is empty only for validation), when the cameras do not fit, or when two episodes share a name.
     """
 
     def __init__(

@@ -37,8 +37,8 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
     return x * (1 + scale) + shift
 
 
-def fastest_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Within it, attention is product, softmax, product on a CPU, where torch's fused kernel takes several times longer; else torch's choice."""
+def fastest_attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within it, attention on a CPU is product, softmax, product: torch's fused kernel takes several times longer. Else torch's choice."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
