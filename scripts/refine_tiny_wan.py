@@ -33,6 +33,8 @@ from mvwan.model.latents import LatentCodec
 from mvwan.model.wan import TINY_FOLDER, in_float32_island, load_transformer
 from mvwan.presets import config_from_preset
 
+CLIP = {"num_frames": 13, "frame_interval": 2, "past_end": 20, "window_stride": 6}
+"""As long and as fast as in the first training of the base."""
 BATCH = {"rgb": 14, "heat": 10, "made_up": 8}
 """Videos of each kind per step."""
 WARMUP = 100
@@ -48,7 +50,7 @@ def main(arguments: list[str]) -> int:
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
-    config = config_from_preset("tiny-pretrain", {"data": {"root": str(options.dataset)}})
+    config = config_from_preset("tiny-pretrain", {"data": {"root": str(options.dataset), **CLIP}})
     codec = LatentCodec.load(str(options.folder), config.data.text_tokens)
     say(f"refine: {options.made_up} made-up heatmaps")
     made_up = _made_up_latents(codec, options.made_up, config, options.seed, options.work / "made_up.pt")
@@ -61,8 +63,8 @@ def main(arguments: list[str]) -> int:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", type=Path, help="demonstrations; a share of the episodes is held out as in the preset tiny-pretrain")
-    parser.add_argument("--latents", type=Path, required=True, help="latent cache of the preset tiny-pretrain; missing windows are encoded")
+    parser.add_argument("dataset", type=Path, help="demonstrations; the episodes that the preset tiny-pretrain holds out are held out")
+    parser.add_argument("--latents", type=Path, required=True, help="a latent cache; missing windows are encoded")
     parser.add_argument("--work", type=Path, default=Path("runs/refine"), help="checkpoint and log (default %(default)s)")
     parser.add_argument("--folder", type=Path, default=TINY_FOLDER, help="the diffusers folder (default: the package's)")
     parser.add_argument("--seed", type=int, default=0)
