@@ -223,7 +223,11 @@ def _replace(options: argparse.Namespace, config: Config, codec: LatentCodec, do
             kind: measure_transformer(transformer, codec, clean[kind], text, pictures[kind], options.seed) for kind in ("rgb", "heat")
         }
     quality = options.folder / "quality.json"
-    write_json(quality, {**read_json(quality), "refinement": {"settings": done, "measured": measured}})
+    told = read_json(quality)
+    for of_kind in told["measured"].values():  # what the earlier transformer predicted
+        for name in set(of_kind) & set(measured["after"]["rgb"]):
+            del of_kind[name]
+    write_json(quality, {**told, "refinement": {"settings": done, "measured": measured}})
     say(f"refine: {json.dumps(measured)}")
 
 
