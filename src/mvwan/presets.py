@@ -85,7 +85,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
             "unfreeze_modulation_and_norms": True,
             "data": {"window_stride": 6, "validation_share": 0.05},
             "train": {
-                "steps": 3000,
+                "steps": 3600,
                 "batch_size": 8,
                 "learning_rate": 4e-3,
                 "adam_betas": (0.9, 0.99),
