@@ -63,7 +63,15 @@ _PRESETS: dict[str, dict[str, Any]] = {
         _TINY,
         {
             "trainable": {"lora": {"rank": 2}},
-            "data": {"num_frames": 5, "past_end": 0, "height_px": 64, "width_px": 64, "window_stride": 16, "text_tokens": 32},
+            "data": {
+                "num_frames": 5,
+                "frame_interval": 2,
+                "past_end": 0,
+                "height_px": 64,
+                "width_px": 64,
+                "window_stride": 16,
+                "text_tokens": 32,
+            },
             "train": {
                 "steps": 2,
                 "batch_size": 1,
