@@ -42,7 +42,7 @@ def run_demo(
     *,
     task: str = "drawer-open-v3",
     episodes: int = 10,
-    steps: int = 160,
+    steps: int = 400,
     windows: int = 8,
     trials: int = 2,
     seed: int = 0,
