@@ -70,9 +70,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6000, help="end of the schedule (default %(default)s)")
-    parser.add_argument("--minutes", type=float, default=30, help="or after so long, if that is earlier (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=31, help="or after so long, if that is earlier (default %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=8e-4)
-    parser.add_argument("--made-up", type=int, default=6000, help="made-up heatmap videos (default %(default)s)")
+    parser.add_argument("--made-up", type=int, default=4000, help="made-up heatmap videos (default %(default)s)")
     return parser.parse_args(arguments)
 
 
