@@ -39,7 +39,8 @@
 : "${NODE_RANK:=0}"
 : "${MASTER_ADDR:=127.0.0.1}"
 : "${MASTER_PORT:=29500}"
-: "${MIXED_PRECISION:=bf16}"
+# auto: bf16 where the machine multiplies it fast; or bf16, or no
+: "${MIXED_PRECISION:=auto}"
 : "${USE_CPU:=false}"
 : "${NUM_CPU_THREADS:=$((($(nproc) + NUM_GPUS - 1) / NUM_GPUS))}"
 
@@ -67,7 +68,7 @@ launch=(
     --machine_rank "$NODE_RANK"
     --main_process_ip "$MASTER_ADDR"
     --main_process_port "$MASTER_PORT"
-    --mixed_precision "$MIXED_PRECISION"
+    --mixed_precision no # mvwan has its own setting, train.precision
     --num_cpu_threads_per_process "$NUM_CPU_THREADS"
     --dynamo_backend no
 )
@@ -97,7 +98,7 @@ train=(
     --train_batch_size "$TRAIN_BATCH_SIZE_PER_GPU"
     --gradient_accumulation_steps "$GRADIENT_ACCUMULATION_STEPS"
     --dataset_num_workers "$DATASET_NUM_WORKERS"
-    --set "train.precision=$([[ $MIXED_PRECISION == no ]] && echo "'no'" || echo "$MIXED_PRECISION")"
+    --set "train.precision=$MIXED_PRECISION"
 )
 if is_true UNFREEZE_MODULATION_AND_NORMS; then train+=(--unfreeze_modulation_and_norms); fi
 if is_true USE_GRADIENT_CHECKPOINTING; then train+=(--use_gradient_checkpointing); fi

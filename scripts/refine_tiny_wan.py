@@ -31,6 +31,7 @@ from mvwan.files import read_json, remove_directory, whole_directory, whole_file
 from mvwan.latent_cache import build_cache
 from mvwan.model.latents import LatentCodec
 from mvwan.model.wan import TINY_FOLDER, in_float32_island, load_transformer
+from mvwan.precision import has_fast_bfloat16
 from mvwan.presets import config_from_preset
 
 CLIP = {"num_frames": 13, "frame_interval": 2, "past_end": 20, "window_stride": 6}
@@ -100,7 +101,7 @@ def _made_up_latents(codec: LatentCodec, count: int, config: Config, seed: int, 
     for start in range(0, count, ENCODED_AT_ONCE):
         uv = np.stack([_path(rng, frames, height, width) for _ in range(min(ENCODED_AT_ONCE, count - start))])
         heat = heatmaps.render(uv, np.ones(uv.shape[:2], bool), height, width, config.data.heatmap_sigma_px)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, has_fast_bfloat16()):
             parts.append(codec.encode_video(heatmaps.colour(heat)).half())
     with whole_file(path) as temporary:
         torch.save(torch.cat(parts), temporary)
@@ -141,7 +142,7 @@ def _train(data: dict[str, torch.Tensor], options: argparse.Namespace) -> dict[s
         rng = np.random.default_rng([options.seed, 78, step])
         total = torch.zeros(())
         clean, text = _batch(data, rng)
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast("cpu", torch.bfloat16, has_fast_bfloat16()), sdpa_kernel(SDPBackend.MATH):
             names = [f"{place}" for place in range(len(clean))]
             sigma = flow.draw_sigma(options.seed, step, names, FlowConfig())
             noise = flow.draw_noise(options.seed, step, names, clean.shape[1:])

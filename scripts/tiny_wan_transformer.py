@@ -24,6 +24,7 @@ from transformers import UMT5EncoderModel
 from mvwan import flow
 from mvwan.config import FlowConfig
 from mvwan.files import whole_file
+from mvwan.precision import has_fast_bfloat16
 
 BATCH = 16
 ENCODED_AT_ONCE = 4
@@ -41,11 +42,11 @@ def encode_videos(
     """`latents` [2N C f h w] normalised, and `instructions`, of the N videos and then of the heatmap of each as a video.
 
     A heatmap in colours is a video like any other: a base that has seen some knows that spots stay sharp and go where arms go. Products
-    in bfloat16: noise is added to them anyway.
+    in bfloat16 where that is fast: noise is added to them anyway.
     """
     latents: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     shift, scale = (torch.tensor(values)[:, None, None, None] for values in (mean, std))
-    planes = PlaneVae(vae, torch.bfloat16, flat=True)
+    planes = PlaneVae(vae, torch.bfloat16 if has_fast_bfloat16() else torch.float32, flat=True)
     for start in range(0, len(videos), ENCODED_AT_ONCE):
         chosen = videos[start : start + ENCODED_AT_ONCE]
         pictures = np.stack([video.rgb for video in chosen])
@@ -119,7 +120,7 @@ def train(
         sigma = flow.draw_sigma(seed, step, names, FlowConfig(shift=SHIFT))
         noise = flow.draw_noise(seed, step, names, clean.shape[1:])
         # Of so few tokens, the plain formula is quicker backwards than the fused kernel for processors.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast("cpu", torch.bfloat16, has_fast_bfloat16()), sdpa_kernel(SDPBackend.MATH):
             loss = loss_of(transformer, clean, noise, sigma, embed(text_encoder, prompts))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -33,7 +33,7 @@ FLOORS: dict[float, tuple[str, ...]] = {
         "sim.tasks",
         "stages",
     ),
-    1.5: ("actions", "data.episode", "flow"),
+    1.5: ("actions", "data.episode", "flow", "precision"),
     2: (
         "data.lerobot",
         "data.transforms",

@@ -42,7 +42,7 @@ def codec() -> LatentCodec:
 
 @pytest.fixture(scope="module")
 def model() -> MultiViewWan:
-    return mvwan.load_model("tiny", lora_rank=2)[0]
+    return mvwan.load_model("tiny", lora_rank=2, dtype=torch.float32)[0]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_prediction_of_a_bare_model(model: MultiViewWan, codec: LatentCodec, win
 
 @pytest.mark.parametrize("head", ["none", "gripper", "gripper_rotation"])
 def test_actions_of_a_prediction(head: str, codec: LatentCodec, window) -> None:
-    own = mvwan.load_model("tiny", lora_rank=2, action_head=head)[0]  # type: ignore[arg-type]
+    own = mvwan.load_model("tiny", lora_rank=2, dtype=torch.float32, action_head=head)[0]  # type: ignore[arg-type]
     if own.head_action is not None:
         torch.nn.init.normal_(own.head_action.proj_out.weight, std=3.0, generator=torch.Generator().manual_seed(0))
     given = {"steps": 2, "codec": codec, "config": SETTINGS}
@@ -138,7 +138,7 @@ def test_actions_of_a_prediction(head: str, codec: LatentCodec, window) -> None:
 
 
 def test_actions_are_read_from_the_last_network_call(codec: LatentCodec) -> None:
-    own = mvwan.load_model("tiny", lora_rank=2, action_head="gripper")[0]
+    own = mvwan.load_model("tiny", lora_rank=2, dtype=torch.float32, action_head="gripper")[0]
     torch.nn.init.normal_(own.head_action.proj_out.weight, generator=torch.Generator().manual_seed(0))  # type: ignore[union-attr]
     calls: list[tuple[float, bool, torch.Tensor]] = []
     own.register_forward_pre_hook(

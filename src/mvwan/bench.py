@@ -22,6 +22,7 @@ from mvwan.config import Config, config_from_dict
 from mvwan.errors import MvwanError
 from mvwan.model.trainable import apply, optimizer_groups, resolve_groups
 from mvwan.model.wan import load_transformer
+from mvwan.precision import settle
 from mvwan.shapes import LATENT_CHANNELS, PATCH_SIZE, num_frames_of, num_tokens
 from mvwan.training_module import HeatmapWanTrainingModule
 
@@ -125,7 +126,7 @@ def _config(base: str, sizes: Sizes, switch: bool, random_weights: bool) -> Conf
         "trainable": {"lora": {"rank": 8}},
         "unfreeze_modulation_and_norms": switch,
     }
-    return config_from_dict(settings, "bench")
+    return settle(config_from_dict(settings, "bench"))
 
 
 def _multiview_arm(config: Config, sizes: Sizes, seed: int) -> tuple[Step, int]:
@@ -144,7 +145,7 @@ def _multiview_arm(config: Config, sizes: Sizes, seed: int) -> tuple[Step, int]:
     ).check()
 
     def step(number: int) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, module.config.train.precision == "bf16"):
             sums = module(batch, seed, number)
         _update(optimizer, flow.total_loss(sums, sums.rgb_count.sum(), sums.heat_count.sum(), config.train.rgb_weight))
 
@@ -153,7 +154,7 @@ def _multiview_arm(config: Config, sizes: Sizes, seed: int) -> tuple[Step, int]:
 
 def _stock_arm(config: Config, sizes: Sizes, seed: int) -> tuple[Step, int]:
     base = config.base
-    model = load_transformer(base.source, torch.bfloat16, random_weights=base.random_weights)
+    model = load_transformer(base.source, getattr(torch, base.dtype), random_weights=base.random_weights)
     groups = [group for group in resolve_groups(config.trainable) if group.name in _STOCK_GROUPS]
     table = apply(model, groups, rank=config.trainable.lora.rank)
     optimizer = torch.optim.AdamW(optimizer_groups(model, groups))
@@ -169,7 +170,7 @@ def _stock_arm(config: Config, sizes: Sizes, seed: int) -> tuple[Step, int]:
         ids = [f"bench@{index}" for index in range(pictures)]
         sigma_bf = flow.sigma_per_frame(flow.draw_sigma(seed, number, ids, config.flow), sizes.latent_frames, 1)
         timestep = flow.timestep(sigma_bf).repeat_interleave(per_frame, dim=1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, config.train.precision == "bf16"):
             velocity = model(flow.add_noise(clean, noise, sigma_bf)[:, 0], timestep, text, return_dict=False)[0]
         _update(optimizer, (velocity.float() - flow.velocity_target(clean, noise)[:, 0])[:, :, 1:].square().mean())
 

@@ -9,10 +9,10 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from mvwan.errors import MvwanError, nearest
@@ -46,8 +46,8 @@ class BaseConfig:
     """Where the VAE and the text encoder come from, when `source` has none beside its transformer; None: `source`."""
     random_weights: bool = False
     """Draw the weights instead of loading them: for checks at true size without a download."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the frozen tensors outside the float32 islands. Trained tensors are always float32."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the frozen tensors outside the float32 islands; auto: bfloat16 where the machine is fast with it. Trained ones: float32."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -217,8 +217,8 @@ class TrainConfig:
     """w in w * rgb + (1 - w) * heat."""
     action_weight: float = 0.1
     """w in w * (gripper + rotation), which `model.action_head` adds to the loss."""
-    precision: Literal["bf16", "no"] = "bf16"
-    """Autocast of the products; trained tensors stay float32."""
+    precision: Annotated[Literal["auto", "bf16", "no"], BeforeValidator(lambda value: "no" if value is False else value)] = "auto"
+    """Autocast of the products; auto: bf16 where the machine is fast with it, else no. Trained tensors stay float32."""
     condition_frames: int = 1
     """Latent frames that are given clean: timestep 0, out of the loss."""
     ema_decay: float = 0.0

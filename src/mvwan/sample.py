@@ -5,10 +5,12 @@ network, codec and noise convention as training; a run's folder alone is enough.
 network call, which sees the least noise. Knows no data set, no metric and no robot.
 """
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from mvwan.errors import MvwanError
 from mvwan.model import surgery
 from mvwan.model.latents import LatentCodec
 from mvwan.model.multiview_wan import MultiViewWan
+from mvwan.precision import has_fast_bfloat16
 from mvwan.shapes import check_picture_size, num_frames_of, num_latent_frames
 from mvwan.trajectory import lift
 
@@ -51,6 +54,9 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = F
             "it with mvwan.load_model(base, checkpoint=...) and give the model, codec and config to mvwan.predict."
         )
     model, config = surgery.load_as_trained(folder, device=device, ema=ema)
+    if not has_fast_bfloat16(device):  # the same weights, exactly, in a type that this device is fast with
+        torch.nn.Module.float(model)
+        config = replace(config, base=replace(config.base, dtype="float32"), train=replace(config.train, precision="no"))
     codec = LatentCodec.load(config.base.codec or config.base.source, config.data.text_tokens)
     return LoadedRun(model=model, codec=codec, config=config, checkpoint=folder, step=read_manifest(folder)["step"])
 
@@ -88,6 +94,12 @@ def predict(
         model, config = run, config or Config()
         if codec is None:
             raise MvwanError("predict: a bare model needs codec=LatentCodec.load(base, text_tokens); or give a run's folder")
+        if model.compute_dtype == torch.bfloat16 and not has_fast_bfloat16(next(model.parameters()).device):
+            warnings.warn(
+                "the model holds bfloat16, for whose products this machine has no instructions; load it with dtype=torch.float32: "
+                "the same weights, some hundred times faster",
+                stacklevel=2,
+            )
     condition_frames = config.train.condition_frames
     num_frames = config.data.num_frames if num_frames is None else num_frames
     latent_frames = num_latent_frames(num_frames)
@@ -125,7 +137,7 @@ def denoise(
     denoise_steps: int,
     seed: int,
     shift: float,
-    precision: str = "bf16",
+    precision: Literal["auto", "bf16", "no"] = "auto",
     sample_ids: Sequence[str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(latents, logits): [B V 2C f h w] float32 whose first frames are `given` [B V 2C g h w] to the bit, the rest made from noise.
@@ -139,6 +151,8 @@ def denoise(
     if condition_frames >= latent_frames:
         raise MvwanError(f"num_frames={num_frames_of(latent_frames)}: all of it is given; ask for more pictures than are given")
     device = next(model.parameters()).device
+    if precision == "auto":
+        precision = "bf16" if has_fast_bfloat16(device) else "no"
     ids = sample_ids or [str(index) for index in range(batch)]
     noise = flow.draw_noise(seed, 0, ids, (views, channels, latent_frames, height, width))
     latents = torch.cat([given.float().cpu(), noise[:, :, :, condition_frames:]], dim=3).to(device)

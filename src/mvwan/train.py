@@ -49,6 +49,7 @@ from mvwan.latent_cache import LatentCache
 from mvwan.model.movement import MINIMUM_STEPS, Gradient, MovementProof, MovementReport, gradient_norms
 from mvwan.model.trainable import verify_trainable
 from mvwan.optimizer import MovingAverage, load_optimizer, make_optimizer, make_schedule, optimizer_tensors
+from mvwan.precision import in_words, settle
 from mvwan.run_manifest import run_manifest, trainable_changes
 from mvwan.strategy import forget_settings, make_accelerator, prepare, strategy_name
 from mvwan.training_module import HeatmapWanTrainingModule
@@ -126,6 +127,7 @@ def _train(config: Config, output: Path, resume: bool, accept_trainable_change: 
     found = checkpoint.latest_checkpoint(output)
     if found is not None and not resume:
         raise MvwanError(f"{output}: holds a run at {found.name}. Use --resume to go on with it, or another output folder.")
+    config = settle(config, saved=checkpoint.read_manifest(found)["config"] if found else None)
     accelerator = make_accelerator(config, output)
     try:
         state = _build(config, output, accelerator, found, accept_trainable_change)
@@ -449,6 +451,7 @@ def _introduce(state: State, training: WindowDataset) -> None:
     _show(state.own.table.render())
     for line in state.own.fit.describe() if state.own.fit else ():
         print(f"checkpoint: {line}")
+    print(in_words(config))
     if state.first_step:
         print(f"going on at step {state.first_step} of {config.train.steps}")
 

@@ -22,8 +22,7 @@ from mvwan.model.multiview_wan import MultiViewWan
 from mvwan.model.surgery import LoadReport, load_model
 from mvwan.model.trainable import parameters_by_name
 from mvwan.model.trainable_table import modulation_banner, multiview_banner
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from mvwan.precision import settle
 
 
 class HeatmapWanTrainingModule(nn.Module):
@@ -63,7 +62,7 @@ class HeatmapWanTrainingModule(nn.Module):
             raise MvwanError(
                 "HeatmapWanTrainingModule takes its settings from `config` or from the other keywords, not from both. Remove one."
             )
-        self.config = config
+        self.config = settle(config, None if str(device) == "meta" else device)
         self.print_banners = print_banners and int(os.environ.get("RANK", "0")) == 0
         self.model, self.report = self._load(checkpoint, accept_trainable_change, device)
         self.table, self.groups = self.report.table, self.report.groups
@@ -83,7 +82,7 @@ class HeatmapWanTrainingModule(nn.Module):
             views=model.views,
             fusion=model.fusion,
             unfreeze_modulation_and_norms=self.config.unfreeze_modulation_and_norms,
-            dtype=_DTYPES[base.dtype],
+            dtype=getattr(torch, base.dtype),
             trainable=self.config.trainable,
             train=self.config.train,
             device=device,
