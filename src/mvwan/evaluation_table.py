@@ -19,7 +19,7 @@ from mvwan.errors import MvwanError
 from mvwan.files import read_json
 
 FORMAT_VERSION = 3
-CLOSED_LOOP_FORMAT = 3
+CLOSED_LOOP_FORMAT = 4
 """Raised as well whenever the same trial may end otherwise: lines of older trials are then not taken for new ones."""
 SOURCES = ("predicted", "hold_first", "constant_velocity", "nearest", "codec")
 PCK_PX = (2, 4, 8)

@@ -1,5 +1,9 @@
 """The codec of the tiny Wan: statistics, round trips, padding, and parts that nobody can wake."""
 
+import shutil
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ import torch
 from mvwan import heatmaps
 from mvwan.errors import MvwanError
 from mvwan.model.latents import LatentCodec, codec_digest
+from mvwan.model.wan import TINY_FOLDER, AutoencoderKLWan, load_vae
 
 TEXT_TOKENS = 48
 
@@ -92,3 +97,24 @@ def test_what_does_not_fit_is_refused(codec: LatentCodec) -> None:
         codec.encode_video(np.zeros((1, 5, 60, 64, 3), np.uint8))
     with pytest.raises(MvwanError, match=r"61 tokens, data\.text_tokens=48"):
         codec.encode_text(["x" * 60])
+
+
+def test_layers_that_look_at_no_earlier_frame_do_a_third_of_the_work_and_give_the_same_bits(tmp_path: Path) -> None:
+    stock: Any = AutoencoderKLWan.from_pretrained(TINY_FOLDER / "vae", torch_dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(2)
+    pictures, latents = torch.rand(2, 3, 9, 64, 96, generator=generator) * 2 - 1, torch.randn(2, 48, 3, 4, 6, generator=generator)
+    ours: Any = load_vae("tiny")
+    changed = [name for name, module in ours.named_modules() if type(module) is not type(stock.get_submodule(name))]
+    assert changed, "the tiny base has such layers"
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(pictures).latent_dist.mode(), stock.encode(pictures).latent_dist.mode(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.decode(latents).sample, stock.decode(latents).sample, rtol=0, atol=1e-5)
+        assert list(ours.state_dict()) == list(stock.state_dict())
+        for name in changed:
+            stock.get_submodule(name).weight[:, :, 0] += 0.01
+    shutil.copytree(TINY_FOLDER, tmp_path / "base")
+    stock.save_pretrained(tmp_path / "base" / "vae")
+    other: Any = load_vae(tmp_path / "base")
+    assert {type(other.get_submodule(name)) for name in changed} == {type(stock.get_submodule(name)) for name in changed}, "left alone"
+    with torch.no_grad():
+        assert (other.decode(latents).sample - ours.decode(latents).sample).abs().max() > 1e-3

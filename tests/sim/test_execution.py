@@ -41,6 +41,16 @@ def test_a_waypoint_is_held_for_its_stride_and_waited_for_no_longer_than_allowed
     assert arm.num_steps == 7 + 3 + 15
 
 
+def test_an_arm_that_is_held_up_goes_on_to_the_next_waypoint(blind):
+    table = blind.reset(LAYOUT).point_m * (1, 1, 0)
+    arm = Arm(blind, 500)
+    arm.follow(plan(table + np.array([0, 0, 0.005]), stride=40))
+    before = arm.num_steps
+    arm.follow(plan(table - np.array([0, 0, 0.05]), stride=2))
+    assert blind.state.point_m[2] > -0.02, "the table holds it up"
+    assert arm.num_steps - before < 2 + 15
+
+
 def test_the_gripper_closes_when_told_waits_and_keeps_its_command_where_none_is_known(blind):
     here = blind.reset(LAYOUT).point_m
     arm = Arm(blind, 500)

@@ -17,6 +17,9 @@ GAIN_PER_M = 25.0
 ARRIVED_M = 0.01
 PATIENCE_STEPS = 15
 """Beyond its stride, a waypoint is waited for so long at most."""
+BLOCKED_M = 0.001
+"""An arm that came nearer by less in `BLOCKED_STEPS` is held up by something: the next waypoint pushes on, or looks again."""
+BLOCKED_STEPS = 3
 DWELL_STEPS = 8
 """After the grip command changed."""
 SETTLE_STEPS = 25
@@ -74,10 +77,7 @@ class Arm:
             hand_m = point_m + self._hand_from_point_m
             is_closed = self._is_closed if np.isnan(gripper_open) else bool(gripper_open < CLOSED_BELOW)
             self._hold(hand_m, plan.stride)
-            for _ in range(PATIENCE_STEPS):
-                if np.linalg.norm(hand_m - self._simulator.state.hand_m) < ARRIVED_M:
-                    break
-                self._hold(hand_m, 1)
+            self._wait(hand_m)
             # Once there: a gripper that toggles on its way lets go too early.
             toggles, self._is_closed = is_closed != self._is_closed, is_closed
             self._hold(hand_m, DWELL_STEPS if toggles else 0)
@@ -85,6 +85,14 @@ class Arm:
                 return
         if plan.is_whole and len(plan.point_m):
             self._hold(plan.point_m[-1] + self._hand_from_point_m, SETTLE_STEPS)
+
+    def _wait(self, hand_m: np.ndarray) -> None:
+        left_m = [float(np.linalg.norm(hand_m - self._simulator.state.hand_m))]
+        while left_m[-1] >= ARRIVED_M and len(left_m) <= PATIENCE_STEPS:
+            if len(left_m) > BLOCKED_STEPS and left_m[-1 - BLOCKED_STEPS] - left_m[-1] < BLOCKED_M:
+                return
+            self._hold(hand_m, 1)
+            left_m.append(float(np.linalg.norm(hand_m - self._simulator.state.hand_m)))
 
     def _hold(self, hand_m: np.ndarray, steps: int) -> None:
         for _ in range(steps):
