@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrains the multi-view RGB + heatmap Wan on multi-view tracking clips.
+# Pretrains the multi-view RGB + heatmap Wan on multi-view tracking clips: MVTrack, or LeRobot v3 with cameras.
 #
 # Every variable here and in launch_training.sh may come from the environment; arguments go on to heatmap_train_mv.py:
 #   MVTRACK_DATA_ROOT=data/tracking UNFREEZE_MODULATION_AND_NORMS=true scripts/Wan2.2-TI2V-5B_mvtrack_pretrain.sh --max_steps 100

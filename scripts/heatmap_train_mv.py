@@ -80,7 +80,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     data = parser.add_argument_group("data")
     data.add_argument("--heatmap_data_root", nargs="+", help="folder of robot demonstrations (LeRobot v3 with cameras)")
-    data.add_argument("--mvtrack_data_root", "--mvtrack_root", help="folder of multi-view tracking clips (LeRobot v3 with cameras)")
+    data.add_argument(
+        "--mvtrack_data_root", "--mvtrack_root", help="folder of multi-view tracking clips (MVTrack, or LeRobot v3 with cameras)"
+    )
     data.add_argument("--sequence_length", type=int, help="future frames per window (default: 24; 12 with --mvtrack_data_root)")
     data.add_argument("--num_frames", type=int, help="frames per window with the given ones; must agree with --sequence_length")
     data.add_argument(

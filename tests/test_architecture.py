@@ -36,6 +36,7 @@ FLOORS: dict[float, tuple[str, ...]] = {
     1.5: ("actions", "data.episode", "flow", "precision"),
     2: (
         "data.lerobot",
+        "data.mvtrack",
         "data.transforms",
         "model.trainable",
         "model.wan",

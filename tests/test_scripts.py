@@ -16,7 +16,9 @@ import pytest
 from safetensors import safe_open
 
 from mvwan.config import Config
+from mvwan.data.lerobot import read_lerobot
 from mvwan.errors import MvwanError
+from tests.formats import write_mvtrack
 from tests.model.test_banners import FROZEN, MULTIVIEW_OFF, MULTIVIEW_ON, UNFROZEN
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -324,8 +326,9 @@ def saved_names(run: Path) -> set[str]:
 def test_both_launch_scripts_train_and_hand_over(tmp_path: Path, recorded: str) -> None:
     pretrain, finetune = tmp_path / "pretrain", tmp_path / "finetune"
     switch = {"UNFREEZE_MODULATION_AND_NORMS": "true"}
-    flags = (*SHORT, "--set", f"data.cache={tmp_path / 'latents'}")
-    done = launch(PRETRAIN, *flags, MVTRACK_DATA_ROOT=recorded, OUTPUT_PATH=str(pretrain), **TINY, **switch)
+    flags = (*SHORT, "--set", f"data.cache={tmp_path / 'latents'}", "--set", "model.action_head=none")  # tracking has no gripper
+    tracking = write_mvtrack(tmp_path / "mvtrack", read_lerobot(recorded))
+    done = launch(PRETRAIN, *flags, MVTRACK_DATA_ROOT=str(tracking), OUTPUT_PATH=str(pretrain), **TINY, **switch)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "MODULATION PARAMETER UNFREEZING" in done.stdout
     assert groups_of(pretrain)["modulation"]

@@ -6,7 +6,7 @@ Pixel coordinates are continuous: (0, 0) is the outer corner of the first pixel,
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,6 +40,11 @@ class Episode:
     """[F 3] float64, the tracked point (tool point, or tracked object) in the world frame, metres; NaN where not labelled."""
     gripper_open: np.ndarray
     """[F] float32, 0 closed .. 1 open; NaN where not recorded."""
+    uv_px: np.ndarray | None = None
+    """[V F 2] float64, the tracked point where it is labelled in the pictures instead of in space; NaN where a view does not see it.
+    Cameras are then no calibration: they stand for the size of their pictures."""
+    split: Literal["train", "validation"] | None = None
+    """Where the dataset itself puts the episode; None: it does not say."""
     read_rgb: Callable[[Sequence[int]], np.ndarray] = field(repr=False)
     """frames -> [V len(frames) H W 3] uint8."""
     extra: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
@@ -58,6 +63,9 @@ class Episode:
         _require(frames > 0, f"episode {self.name}: no frames")
         _require(len(self.cameras) > 0, f"episode {self.name}: no cameras")
         _require(self.point_m.shape == (frames, 3), f"episode {self.name}: point_m is {self.point_m.shape}, needs (F, 3)")
+        if self.uv_px is not None:
+            needed = (len(self.cameras), frames, 2)
+            _require(self.uv_px.shape == needed, f"episode {self.name}: uv_px is {self.uv_px.shape}, needs {needed}")
         _require(
             self.gripper_open.shape == (frames,),
             f"episode {self.name}: gripper_open is {self.gripper_open.shape}, needs ({frames},)",

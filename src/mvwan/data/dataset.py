@@ -20,6 +20,7 @@ from mvwan.batch import Episode, Sample
 from mvwan.cameras import Camera
 from mvwan.config import DataConfig
 from mvwan.data.lerobot import read_lerobot
+from mvwan.data.mvtrack import is_mvtrack, read_mvtrack
 from mvwan.data.transforms import crop_and_resize, draw_augmentation, move, resize
 from mvwan.errors import MvwanError, nearest
 from mvwan.files import sha256_json
@@ -34,13 +35,18 @@ _READ_TOGETHER = 32
 def read_episodes(root: str | Path, cameras: Sequence[str] | None = None) -> tuple[Episode, ...]:
     """The episodes in the folder `root`, seen by `cameras` (None: all). `MvwanError` when it is missing or holds no known dataset."""
     folder = Path(root)
-    understood = "mvwan reads LeRobot v3 datasets (a folder with meta/info.json); `mvwan record` makes one. Set data.root."
+    understood = (
+        "mvwan reads LeRobot v3 datasets (a folder with meta/info.json; `mvwan record` makes one) and MVTrack (folders "
+        "<scene>/<scene>-<view>). Set data.root."
+    )
     if not str(root) or not os.path.exists(folder):
         raise MvwanError(f"data.root={str(root)!r}: no such folder. {understood}")
     if not folder.is_dir():
         raise MvwanError(f"data.root={str(root)!r}: a file, not a folder. {understood}")
     if (folder / "meta" / "info.json").is_file():
         return tuple(read_lerobot(folder, cameras))
+    if is_mvtrack(folder):
+        return tuple(read_mvtrack(folder, cameras))
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
     raise MvwanError(f"data.root={str(root)!r}: no dataset that mvwan understands (found {found}). {understood}")
 
@@ -152,6 +158,8 @@ class WindowDataset:
             rgb, cameras = resize(rgb, cameras, *size)
         gripper_open, rotation_deg = self.actions(index)
         projected = [camera.project(point_m) for camera in cameras]
+        if window.episode.uv_px is not None:
+            projected = self._labelled(window.episode, frames, cameras)
         return Sample(
             sample_id=name,
             instruction=window.episode.instruction,
@@ -163,6 +171,17 @@ class WindowDataset:
             gripper_open=gripper_open,
             rotation_deg=rotation_deg,
         ).check()
+
+    def _labelled(self, episode: Episode, frames: Sequence[int], cameras: Sequence[Camera]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Per view (uv_px [F 2] in the pictures of `cameras`, a depth [F] of 1 where it is labelled) of an episode labelled in pictures."""
+        assert episode.uv_px is not None
+        found = []
+        for old, new in zip(_views(episode, self._camera_names), cameras, strict=True):
+            place = [camera.name for camera in episode.cameras].index(old.name)
+            uv_px = np.concatenate([episode.uv_px[place, list(frames)], np.ones((len(frames), 1))], axis=1)
+            uv_px = uv_px @ (new.intrinsics @ np.linalg.inv(old.intrinsics)).T  # how crops and resizes changed it
+            found.append((uv_px[:, :2], np.where(np.isfinite(uv_px[:, 0]), 1.0, np.nan)))
+        return found
 
     def actions(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(gripper_open [F], rotation_deg [F 3]) float32 of window `index` as in `Sample`: the same in all variants. Reads no picture."""
@@ -256,6 +275,8 @@ def _episode_fingerprint(episode: Episode, camera_names: Sequence[str]) -> str:
             digest.update(np.ascontiguousarray(episode.read_rgb([frame])).tobytes())
         pictures = digest.hexdigest()
     labels = hashlib.sha256()
+    if episode.uv_px is not None:
+        labels.update(np.ascontiguousarray(episode.uv_px).tobytes())
     turns = [episode.extra["hand_quaternion_wxyz"]] if "hand_quaternion_wxyz" in episode.extra else []
     for values in (episode.point_m, episode.gripper_open, *turns):
         labels.update(np.ascontiguousarray(values).tobytes())
@@ -278,7 +299,8 @@ def _split(episodes: Sequence[Episode], share: float, split: str, seed: int) -> 
         names = [episode.name for episode in episodes]
         twice = next(name for name in names if names.count(name) > 1)
         raise MvwanError(f"episode {twice!r} occurs twice: names must be unique in a dataset.")
-    validation = held_out(by_name, seed, share)
+    decided = {name: episode.split for name, episode in by_name.items() if episode.split is not None}
+    validation = frozenset(name for name, side in decided.items() if side == "validation") if decided else held_out(by_name, seed, share)
     chosen = [by_name[name] for name in sorted(by_name) if (name in validation) == (split == "validation")]
     if not chosen and split == "train":
         raise MvwanError(f"data.validation_share={share}: no episode of {len(episodes)} is left to train on. Lower data.validation_share.")

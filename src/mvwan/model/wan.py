@@ -402,7 +402,8 @@ class _PlaneConv(WanCausalConv3d):
 
     def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
         planes = rearrange(x, "B C F H W -> (B F) C H W")
-        found = nn.functional.conv2d(planes, self.weight[:, :, -1], self.bias, padding=(self._padding[2], self._padding[0]))
+        top, left = int(self._padding[2]), int(self._padding[0])
+        found = nn.functional.conv2d(planes, self.weight[:, :, -1], self.bias, padding=(top, left))
         return rearrange(found, "(B F) C H W -> B C F H W", F=x.shape[2])
 
 
