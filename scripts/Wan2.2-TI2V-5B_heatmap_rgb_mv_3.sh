@@ -20,12 +20,15 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${LOAD_PRETRAINED_CHECKPOINT:=false}"
 : "${PRETRAINED_CHECKPOINT:=}"
 
-# Of the trail format alone: the trainer refuses them with the reason, so leave them empty
+# Of the trail format alone: which demonstrations of each task (empty: all), the scene x0,y0,z0,x1,y1,z1 in metres, and whether each
+# view shows the clouds of all sensors
 : "${TRAIL_START:=}"
 : "${TRAIL_END:=}"
 : "${SCENE_BOUNDS:=}"
-: "${TRANSFORM_AUG_XYZ:=}"
 : "${USE_MERGED_POINTCLOUD:=false}"
+
+# Refused with the reason: leave them as they are
+: "${TRANSFORM_AUG_XYZ:=}"
 : "${USE_DIFFERENT_PROJECTION:=false}"
 
 # shellcheck source=scripts/launch_training.sh

@@ -40,20 +40,15 @@ MAPPED: dict[str, tuple[type, Any, str]] = {
     "num_views": (int, 3, "model.views"),
 }
 
-_TRAIL = "it belongs to point clouds of the trail format, which this version does not read; convert the demonstrations to LeRobot v3"
 REFUSED: dict[str, str] = {
-    "trail_start": _TRAIL,
-    "trail_end": _TRAIL,
-    "scene_bounds": _TRAIL,
-    "use_merged_pointcloud": _TRAIL,
-    "use_different_projection": _TRAIL,
+    "use_different_projection": "the virtual views of point clouds are top, front and side; choose among them with --set data.cameras",
     "transform_augmentation_xyz": "it is a share of trail's scene bounds; shifts are metres here: --set data.augment.translation_m=0.05",
     "model_id_with_origin_paths": "it names pickled files; name the diffusers repository: --base Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     "swanlab_api_key": "keys do not belong on command lines, where every user of the machine reads them; run `swanlab login`",
     "swanlab_project": "runs are named by their output folder",
     "swanlab_experiment": "runs are named by their output folder",
 }
-_REFUSED_SWITCHES = ("use_merged_pointcloud", "use_different_projection")
+_REFUSED_SWITCHES = ("use_different_projection",)
 
 # Flags whose only possible value is how mvwan always works: flag -> (accepted values, why no other).
 ALWAYS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -79,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
         usage="heatmap_train_mv.py [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--heatmap_data_root", nargs="+", help="folder of robot demonstrations (LeRobot v3 with cameras)")
+    data.add_argument("--heatmap_data_root", nargs="+", help="folder of robot demonstrations (trail, or LeRobot v3 with cameras)")
     data.add_argument(
         "--mvtrack_data_root", "--mvtrack_root", help="folder of multi-view tracking clips (MVTrack, or LeRobot v3 with cameras)"
     )
@@ -90,6 +85,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--heatmap_sigma", type=float, help="px (default: 1.5; 5 with --mvtrack_data_root)")
     data.add_argument("--min_trail_length", "--min_sequence_length", type=int, help="accepted up to the length of a window")
+    data.add_argument("--trail_start", type=int, default=1, help="number of the first trail of each task (default: 1)")
+    data.add_argument("--trail_end", type=int, help="number of the last trail of each task (default: all)")
+    data.add_argument("--scene_bounds", help="x0,y0,z0,x1,y1,z1 of trail's scene in the robot's frame, metres")
+    data.add_argument("--use_merged_pointcloud", action="store_true", help="every view shows the clouds of all of trail's sensors")
     data.add_argument("--dataset_repeat", type=int, default=1, help="passes over the windows per epoch (default: 1)")
     data.add_argument("--disable_augmentation", action="store_true", help="train on the plain windows alone")
     data.add_argument("--transform_augmentation_rpy", default="0.0,0.0,20.0", help="degrees about x, y, z (default: 0.0,0.0,20.0)")
@@ -238,6 +237,16 @@ def _augment(args: argparse.Namespace) -> dict[str, Any]:
     return {"variants": 0 if args.disable_augmentation else variants, "rotation_deg": degrees}
 
 
+def _trail(args: argparse.Namespace) -> dict[str, Any]:
+    values: dict[str, Any] = {"first": args.trail_start, "last": args.trail_end, "merged": args.use_merged_pointcloud}
+    if args.scene_bounds:
+        try:
+            values["scene_bounds_m"] = [float(part) for part in args.scene_bounds.split(",")]
+        except ValueError:
+            raise MvwanError(f"--scene_bounds {args.scene_bounds}: needs six numbers in metres, x0,y0,z0,x1,y1,z1.") from None
+    return values
+
+
 def data_root(args: argparse.Namespace) -> str:
     """The one dataset folder, or `MvwanError`."""
     robot = args.heatmap_data_root or []
@@ -263,7 +272,7 @@ def config_of(args: argparse.Namespace) -> Config:
         "model": {"gradient_checkpointing": args.use_gradient_checkpointing},
         "unfreeze_modulation_and_norms": args.unfreeze_modulation_and_norms,
         "trainable": _trainable(args),
-        "data": {"num_frames": num_frames, "heatmap_sigma_px": sigma_px, "augment": _augment(args)},
+        "data": {"num_frames": num_frames, "heatmap_sigma_px": sigma_px, "augment": _augment(args), "trail": _trail(args)},
         # The schedule runs from noise to data, sigma from 1 to 0.
         "flow": {"sigma_min": 1 - args.max_timestep_boundary, "sigma_max": 1 - args.min_timestep_boundary},
         "train": {
@@ -320,7 +329,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         raise MvwanError("--output_path is missing: the folder of the run. Set --output_path.")
     from mvwan.data.dataset import WindowDataset, read_episodes
 
-    episodes = read_episodes(config.data.root, config.data.cameras)
+    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail)
     windows = WindowDataset(episodes, config.data, config.model.views, "train", config.seed)
     config = with_schedule(args, config, len(windows), int(os.environ.get("WORLD_SIZE", "1")))
     if args.check:

@@ -1,12 +1,15 @@
 """Episodes written in the formats that other systems record, so that one demonstration can be read through each of them."""
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mvwan.batch import Episode
+from mvwan.sim.metaworld import SETTLE_STEPS, STEPS_PER_FRAME, Simulator, rig
 
 BOX_PX = 12.0
 
@@ -34,3 +37,40 @@ def write_mvtrack(root: Path, episodes: Sequence[Episode], splits: dict[str, str
             with (root / f"{name}_split.txt").open("a") as file:
                 file.writelines(f"{scene}-{view + 1}\n" for view in range(len(episode.cameras)))
     return root
+
+
+def write_trail(root: Path, task: str, layouts: Sequence[int], size_px: int = 128) -> Path:
+    """`root` with the folder `<task>` of the expert's runs on these layouts, trail_1 and up, as three depth cameras see them."""
+    cameras = rig(size_px)
+    with Simulator(task, cameras) as simulator:
+        for number, layout in enumerate(layouts, 1):
+            folder = root / simulator.task / f"trail_{number}"
+            state, since_success, frame, step = simulator.reset(layout), 0, 0, 0
+            while since_success <= SETTLE_STEPS:
+                if step % STEPS_PER_FRAME == 0:
+                    quaternion = np.array([1.0, 0.0, 0.0, 0.0])
+                    _pickle(folder / "poses" / f"{frame:06d}.pkl", np.concatenate([state.point_m, quaternion]))
+                    _pickle(folder / "gripper_states" / f"{frame:06d}.pkl", bool(state.gripper_open >= 0.8))
+                    for place, (camera, rgb, depth_m) in enumerate(zip(cameras, simulator.render(), simulator.depth_m(), strict=True), 1):
+                        _pickle(folder / f"3rd_{place}_pcd" / f"{frame:06d}.pkl", _in_camera(camera, depth_m))
+                        _pickle(folder / f"3rd_{place}_bgr" / f"{frame:06d}.pkl", np.ascontiguousarray(rgb[..., ::-1]))
+                    frame += 1
+                state = simulator.step(simulator.expert_action())
+                since_success += bool(since_success or state.success)
+                step += 1
+            extrinsics = {f"3rd_{place}": np.linalg.inv(camera.world_to_camera) for place, camera in enumerate(cameras, 1)}
+            _pickle(folder / "extrinsics.pkl", extrinsics)
+            (folder / "instruction.txt").write_text(simulator.instruction + "\n")
+    return root
+
+
+def _in_camera(camera: Any, depth_m: np.ndarray) -> np.ndarray:
+    """[H W 3] float32 points in the camera's own frame."""
+    rows, columns = np.mgrid[: depth_m.shape[0], : depth_m.shape[1]]
+    slopes = camera.plane_coordinates(np.stack([columns + 0.25, rows + 0.25], axis=-1))
+    return np.concatenate([slopes * depth_m[..., None], depth_m[..., None]], axis=-1).astype(np.float32)
+
+
+def _pickle(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(value))

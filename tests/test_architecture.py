@@ -33,10 +33,11 @@ FLOORS: dict[float, tuple[str, ...]] = {
         "sim.tasks",
         "stages",
     ),
-    1.5: ("actions", "data.episode", "flow", "precision"),
+    1.5: ("actions", "data.episode", "data.point_clouds", "flow", "precision"),
     2: (
         "data.lerobot",
         "data.mvtrack",
+        "data.trail",
         "data.transforms",
         "model.trainable",
         "model.wan",

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from mvwan.config import Config
 from mvwan.data.lerobot import read_lerobot
 from mvwan.errors import MvwanError
-from tests.formats import write_mvtrack
+from tests.formats import write_mvtrack, write_trail
 from tests.model.test_banners import FROZEN, MULTIVIEW_OFF, MULTIVIEW_ON, UNFROZEN
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,6 +164,14 @@ def test_set_has_the_last_word(config_of: Callable[..., Config]) -> None:
     assert config_of("--lora_rank", "16", "--set", "trainable.lora.rank=4").trainable.lora.rank == 4
 
 
+def test_trail_flags(config_of: Callable[..., Config]) -> None:
+    trail = config_of("--trail_start", "3", "--trail_end", "12", "--scene_bounds=0,-0.5,0,1,0.5,1", "--use_merged_pointcloud").data.trail
+    assert (trail.first, trail.last, trail.merged) == (3, 12, True)
+    assert trail.scene_bounds_m == (0, -0.5, 0, 1, 0.5, 1)
+    plain = config_of().data.trail
+    assert (plain.first, plain.last, plain.merged) == (1, None, False)
+
+
 def test_model_paths(script: ModuleType) -> None:
     def base_of(*flags: str) -> str:
         return script.base_of(script.make_parser().parse_args(flags))
@@ -176,11 +184,10 @@ def test_model_paths(script: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--trail_start 1", "trail"),
-        ("--trail_end 50", "trail"),
-        ("--scene_bounds=0,-0.5,0,1,0.5,1", "trail"),
-        ("--use_merged_pointcloud", "trail"),
-        ("--use_different_projection", "trail"),
+        ("--trail_start 9 --trail_end 3", "at least data.trail.first=9"),
+        ("--scene_bounds=0,-0.5,0,1,0.5", "scene_bounds_m"),
+        ("--scene_bounds=0,a,0,1,0.5,1", "six numbers"),
+        ("--use_different_projection", "top, front and side"),
         ("--transform_augmentation_xyz 0.1,0.1,0.1", "metres"),
         ("--model_id_with_origin_paths Wan-AI/Wan2.2-TI2V-5B:*.pth", "--base"),
         ("--swanlab_api_key 0000", "keys"),
@@ -337,7 +344,10 @@ def test_both_launch_scripts_train_and_hand_over(tmp_path: Path, recorded: str) 
 
     handed = {"LOAD_PRETRAINED_CHECKPOINT": "true", "PRETRAINED_CHECKPOINT": str(pretrain)}
     two_processes = TINY | {"NUM_GPUS": "2"}
-    done = launch(FINETUNE, *flags, HEATMAP_DATA_ROOT=recorded, OUTPUT_PATH=str(finetune), **two_processes, **handed)
+    clouds = {"HEATMAP_DATA_ROOT": str(write_trail(tmp_path / "trail", "button-press-topdown", (3, 4), size_px=64))}
+    clouds |= {"SCENE_BOUNDS": "-0.45,0.3,-0.05,0.45,1.0,0.6", "USE_MERGED_POINTCLOUD": "true"}
+    small = ("--set", "data.trail.size_px=64")
+    done = launch(FINETUNE, *flags, *small, OUTPUT_PATH=str(finetune), **two_processes, **handed, **clouds)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("KEEPING FROZEN") == 1, "the main process alone says so"
     assert not groups_of(finetune)["modulation"]

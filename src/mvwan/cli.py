@@ -303,7 +303,7 @@ def _datasets(config: Config) -> dict[str, Any]:
     """The windows of both splits by name of the split."""
     from mvwan.data.dataset import WindowDataset, read_episodes
 
-    episodes = read_episodes(config.data.root, config.data.cameras)
+    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail)
     return {split: WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation")}
 
 

@@ -127,12 +127,45 @@ class AugmentConfig:
     """Largest shift of the world frame along each axis: moves cameras and points together."""
     rotation_deg: tuple[float, float, float] = (5.0, 5.0, 10.0)
     """Largest rotation of the world frame about x, y, z."""
+    colour_noise: float = 0.02
+    """Standard deviation of the noise on the colour of each point of a cloud, colours being 0..1; pictures of cameras have none."""
 
     def __post_init__(self) -> None:
         _positive("data.augment.variants", self.variants, allow_minimum=True)
         if not 0 <= self.crop_share < 0.5:
             raise MvwanError(f"data.augment.crop_share={self.crop_share}: must be at least 0 and under 0.5. Set data.augment.crop_share.")
         _positive("data.augment.translation_m", self.translation_m, allow_minimum=True)
+        _share("data.augment.colour_noise", self.colour_noise)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TrailConfig:
+    """How point clouds of the trail format become pictures; other formats have no clouds."""
+
+    scene_bounds_m: tuple[float, float, float, float, float, float] = (-0.5, -0.5, -0.1, 0.5, 0.5, 0.9)
+    """x0, y0, z0, x1, y1, z1 of the scene in the robot's frame; points outside are cut off, and the views show the cube around it."""
+    size_px: int = 256
+    """Side of the virtual views."""
+    radius_px: int = 1
+    """Points are squares of 2 * radius_px + 1 px."""
+    merged: bool = True
+    """Every view shows the clouds of all sensors; else `top` shows the first sensor's, `front` the second's, `side` the third's."""
+    first: int = 1
+    """Number of the first demonstration of each task that is read."""
+    last: int | None = None
+    """Number of the last one; None: all."""
+
+    def __post_init__(self) -> None:
+        low, high = self.scene_bounds_m[:3], self.scene_bounds_m[3:]
+        if not all(start < end for start, end in zip(low, high, strict=True)):
+            raise MvwanError(
+                f"data.trail.scene_bounds_m={list(self.scene_bounds_m)}: needs x0, y0, z0, x1, y1, z1 in metres, each end above its start. "
+                "Set data.trail.scene_bounds_m."
+            )
+        for name, least in (("size_px", 1), ("radius_px", 0), ("first", 0)):
+            _positive(f"data.trail.{name}", getattr(self, name), least, allow_minimum=True)
+        if self.last is not None and self.last < self.first:
+            raise MvwanError(f"data.trail.last={self.last}: must be at least data.trail.first={self.first}. Set data.trail.last.")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -165,6 +198,7 @@ class DataConfig:
     cache: str | None = None
     """Folder of the latent cache; None: `latents` in the run's output folder."""
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    trail: TrailConfig = dataclasses.field(default_factory=TrailConfig)
 
     def __post_init__(self) -> None:
         check_num_frames(self.num_frames)

@@ -142,7 +142,7 @@ def _print_tables(configs: Mapping[str, Config], console: Console) -> None:
 
 
 def _encode(config: Config, latents: Path) -> None:
-    episodes = read_episodes(config.data.root, config.data.cameras)
+    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail)
     codec = LatentCodec.load(config.base.codec or config.base.source, config.data.text_tokens)
     for split in ("train", "validation"):
         build_cache(

@@ -40,7 +40,7 @@ def held_out_windows(run: LoadedRun, dataset: str | Path | None = None) -> Windo
     Raises `MvwanError` when there is none.
     """
     data = run.config.data
-    episodes = read_episodes(data.root if dataset is None else dataset, data.cameras)
+    episodes = read_episodes(data.root if dataset is None else dataset, data.cameras, data.trail)
     is_own = dataset is None or Path(dataset).resolve() == Path(data.root).resolve()
     if not is_own:
         data = replace(data, validation_share=1.0)
@@ -150,7 +150,7 @@ def _nearest(run: LoadedRun) -> NearestDemonstration | None:
     data = run.config.data
     if not Path(data.root).is_dir():
         return None
-    training = WindowDataset(read_episodes(data.root, data.cameras), data, run.config.model.views, "train", run.config.seed)
+    training = WindowDataset(read_episodes(data.root, data.cameras, data.trail), data, run.config.model.views, "train", run.config.seed)
     return NearestDemonstration(training, metrics.num_given_frames(run.config.train.condition_frames))
 
 
@@ -343,7 +343,7 @@ def sample_pictures(
     if fps is None:
         if not Path(data.root).is_dir():
             raise MvwanError(f"{data.root}: the run's demonstrations are gone, so its frame rate is not known. Give --fps.")
-        fps = read_episodes(data.root, data.cameras)[0].fps / data.frame_interval
+        fps = read_episodes(data.root, data.cameras, data.trail)[0].fps / data.frame_interval
     prediction = predict(
         loaded,
         pictures,

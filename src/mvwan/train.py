@@ -368,7 +368,7 @@ def _loss_names(config: Config) -> tuple[str, ...]:
 
 def _build(config: Config, output: Path, accelerator: Accelerator, found: Path | None, accept_trainable_change: bool) -> State:
     """The state before the first step of this process. Every check comes before the first byte is written."""
-    episodes = read_episodes(config.data.root, config.data.cameras)
+    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail)
     training, held_out = (WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation"))
     training.check_actions(config.model.action_head)
     HeatmapWanTrainingModule(config=config, device="meta", print_banners=False)  # do the groups fit the base?

@@ -11,16 +11,17 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from mvwan.actions import rotation_from_first
 from mvwan.batch import Episode, Sample
 from mvwan.cameras import Camera
-from mvwan.config import DataConfig
+from mvwan.config import DataConfig, TrailConfig
 from mvwan.data.lerobot import read_lerobot
 from mvwan.data.mvtrack import is_mvtrack, read_mvtrack
+from mvwan.data.trail import CloudFiles, is_trail, read_trail
 from mvwan.data.transforms import crop_and_resize, draw_augmentation, move, resize
 from mvwan.errors import MvwanError, nearest
 from mvwan.files import sha256_json
@@ -32,12 +33,15 @@ _READ_TOGETHER = 32
 """Pictures that are in memory at recorded size at the same time."""
 
 
-def read_episodes(root: str | Path, cameras: Sequence[str] | None = None) -> tuple[Episode, ...]:
-    """The episodes in the folder `root`, seen by `cameras` (None: all). `MvwanError` when it is missing or holds no known dataset."""
+def read_episodes(root: str | Path, cameras: Sequence[str] | None = None, trail: TrailConfig | None = None) -> tuple[Episode, ...]:
+    """The episodes in the folder `root`, seen by `cameras` (None: all); `trail` says how clouds become pictures.
+
+    `MvwanError` when the folder is missing or holds no known dataset.
+    """
     folder = Path(root)
     understood = (
-        "mvwan reads LeRobot v3 datasets (a folder with meta/info.json; `mvwan record` makes one) and MVTrack (folders "
-        "<scene>/<scene>-<view>). Set data.root."
+        "mvwan reads LeRobot v3 datasets (a folder with meta/info.json; `mvwan record` makes one), trail (folders trail_<N>) and MVTrack "
+        "(folders <scene>/<scene>-<view>). Set data.root."
     )
     if not str(root) or not os.path.exists(folder):
         raise MvwanError(f"data.root={str(root)!r}: no such folder. {understood}")
@@ -45,6 +49,8 @@ def read_episodes(root: str | Path, cameras: Sequence[str] | None = None) -> tup
         raise MvwanError(f"data.root={str(root)!r}: a file, not a folder. {understood}")
     if (folder / "meta" / "info.json").is_file():
         return tuple(read_lerobot(folder, cameras))
+    if is_trail(folder):
+        return tuple(read_trail(folder, trail or TrailConfig(), cameras))
     if is_mvtrack(folder):
         return tuple(read_mvtrack(folder, cameras))
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
@@ -147,15 +153,20 @@ class WindowDataset:
         window, name = self.windows[index], self.sample_id(index, variant)
         frames = list(window.frames)
         cameras = _views(window.episode, self._camera_names)
-        rgb, point_m = self._read_rgb(window.episode, frames, cameras), window.episode.point_m[frames]
-        size = self.data.height_px, self.data.width_px
+        point_m, size = window.episode.point_m[frames], (self.data.height_px, self.data.width_px)
         if variant:
-            digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-            drawn = draw_augmentation(np.random.default_rng(list(digest)), self.data.augment, cameras)
+            rng = np.random.default_rng(list(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()))
+            drawn = draw_augmentation(rng, self.data.augment, cameras)
+            if isinstance(window.episode.read_rgb, CloudFiles):  # the cameras stay, the scene moves
+                moved = window.episode.read_rgb.about_its_middle(drawn.world_from_old_world)
+                rgb = self._read_rgb(window.episode, frames, cameras, moved=moved, noise=rng, noise_size=self.data.augment.colour_noise)
+                point_m = point_m @ moved[:3, :3].T + moved[:3, 3]
+            else:
+                rgb = self._read_rgb(window.episode, frames, cameras)
+                cameras, point_m = move(cameras, point_m, drawn.world_from_old_world)
             rgb, cameras = crop_and_resize(rgb, cameras, drawn.boxes_px, *size)
-            cameras, point_m = move(cameras, point_m, drawn.world_from_old_world)
         else:
-            rgb, cameras = resize(rgb, cameras, *size)
+            rgb, cameras = resize(self._read_rgb(window.episode, frames, cameras), cameras, *size)
         gripper_open, rotation_deg = self.actions(index)
         projected = [camera.project(point_m) for camera in cameras]
         if window.episode.uv_px is not None:
@@ -224,10 +235,10 @@ class WindowDataset:
                 rgb = self._read_rgb(same[0].episode, frames, cameras)
                 yield from resize(rgb, cameras, self.data.height_px, self.data.width_px)[0].swapaxes(0, 1)
 
-    def _read_rgb(self, episode: Episode, frames: Sequence[int], cameras: Sequence[Camera]) -> np.ndarray:
-        """[V F H W 3] uint8 of the chosen views, checked against the size that the cameras state."""
+    def _read_rgb(self, episode: Episode, frames: Sequence[int], cameras: Sequence[Camera], **changes: Any) -> np.ndarray:
+        """[V F H W 3] uint8 of the chosen views, checked against the size that the cameras state. `changes` are those of `CloudFiles`."""
         order_of_episode = [camera.name for camera in episode.cameras]
-        rgb = episode.read_rgb(frames)[[order_of_episode.index(name) for name in self._camera_names]]
+        rgb = episode.read_rgb(frames, **changes)[[order_of_episode.index(name) for name in self._camera_names]]
         for camera in cameras:
             needed = (len(cameras), len(frames), camera.height_px, camera.width_px, 3)
             if rgb.shape != needed or rgb.dtype != np.uint8:

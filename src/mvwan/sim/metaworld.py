@@ -178,6 +178,12 @@ class Simulator:
         self._success = bool(info["success"])
         return self.state
 
+    def depth_m(self, cameras: Sequence[Camera] | None = None) -> np.ndarray:
+        """[V H W] float32, metres along the optical axis, seen in the middle of the upper left quarter of each pixel of `render`."""
+        if self._pictures is None:
+            raise MvwanError(f"task {self.task}: made without cameras, so it has no depth. Give Simulator cameras.")
+        return self._pictures.depth_m(self.cameras if cameras is None else cameras)
+
     def render(self, cameras: Sequence[Camera] | None = None) -> np.ndarray:
         """[V H W 3] uint8, one picture per camera (the simulator's own, or others of the same size); (0, 0, 0, 3) without cameras."""
         cameras = self.cameras if cameras is None else cameras
@@ -221,7 +227,19 @@ class _Pictures:
         """[V H W 3] uint8."""
         return np.stack([self._picture(camera) for camera in cameras])
 
+    def depth_m(self, cameras: Sequence[Camera]) -> np.ndarray:
+        """[V H W] float32."""
+        self._renderer.enable_depth_rendering()
+        try:
+            return np.stack([self._large(camera)[::_OVERSAMPLING, ::_OVERSAMPLING] for camera in cameras])
+        finally:
+            self._renderer.disable_depth_rendering()
+
     def _picture(self, camera: Camera) -> np.ndarray:
+        return _halved(self._large(camera))
+
+    def _large(self, camera: Camera) -> np.ndarray:
+        """What the renderer gives for the camera, at twice its size."""
         height, width = self._size
         if (camera.height_px, camera.width_px) != self._size or camera.kind != "pinhole":
             raise MvwanError(
@@ -236,7 +254,7 @@ class _Pictures:
         self._data.cam_xmat[0] = (rotation.T * (1, -1, -1)).ravel()
         self._model.cam_fovy[0] = np.degrees(2 * np.arctan(0.5 * height / focal[1]))
         self._renderer.update_scene(self._data, camera=0)
-        return _halved(self._renderer.render())
+        return self._renderer.render()
 
     def close(self) -> None:
         """Nothing; frees the OpenGL context."""
