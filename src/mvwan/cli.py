@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from mvwan import __version__
 from mvwan.cli_checkpoint import checkpoints, console
+from mvwan.cli_data import datasets
 from mvwan.cli_reproduce import reproduce
 from mvwan.config import Config, LoraConfig, TrainableConfig, config_from_dict, dump_yaml, merge, parse_overrides, read_yaml
 from mvwan.errors import MvwanError, PreemptedError
@@ -53,6 +54,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(checkpoints, name="checkpoint")
+app.add_typer(datasets, name="data")
 
 
 def _print_version(asked: bool) -> None:

@@ -80,12 +80,17 @@ def _items(train: TrainConfig, seed: int, num_items: int, num_processes: int, pr
 
 
 def first_windows(training: WindowDataset, config: Config, items_per_step: int, at_most: int = 4) -> np.ndarray:
-    """[H W 3] uint8: the windows of the first step, a row per window and view, frames from left to right, heatmaps laid over them."""
-    rows = []
-    for item in global_indices(config.seed, 0, items_per_step, len(training) * training.num_variants).tolist()[:at_most]:
-        sample = training.sample(*divmod(item, training.num_variants))
+    """[H W 3] uint8: the windows of the first step, as `sheet` shows them."""
+    items = global_indices(config.seed, 0, items_per_step, len(training) * training.num_variants)
+    return sheet(training, items.tolist()[:at_most])
+
+
+def sheet(windows: WindowDataset, items: Sequence[int]) -> np.ndarray:
+    """[H W 3] uint8: items (window * variants + variant), a row per item and view, frames from left to right, heatmaps laid over them."""
+    rows, sigma_px = [], windows.data.heatmap_sigma_px
+    for item in items:
+        sample = windows.sample(*divmod(item, windows.num_variants))
         height_px, width_px = sample.rgb.shape[2:4]
-        sigma_px = config.data.heatmap_sigma_px
         share = 0.8 * render(sample.uv_px, sample.visible, height_px, width_px, sigma_px)[..., None]
         blend = (sample.rgb * (1 - share) + heat_video(sample, sigma_px) * share).round().astype(np.uint8)
         rows.append(blend[:, list(pictures.columns_shown(blend.shape[1]))])

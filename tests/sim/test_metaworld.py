@@ -77,6 +77,21 @@ def test_a_layout_does_not_depend_on_what_ran_before():
             np.testing.assert_array_equal(*points)
 
 
+@pytest.mark.parametrize("task", ["drawer-open-v3", "faucet-open-v3", "window-open-v3", "plate-slide-v3"])
+def test_the_first_picture_shows_the_new_layout_and_not_the_one_before(task):
+    with Simulator(task, rig(64)) as simulator:
+        simulator.reset(3)
+        first, moved = simulator.render(), [simulator.step(np.zeros(4)) for _ in range(2)]
+        assert len(moved) == 2
+        later = simulator.render()
+        simulator.reset(11)
+        other = simulator.render()
+        simulator.reset(3)
+        assert np.array_equal(simulator.render(), first)
+        assert np.abs(first.astype(int) - other).mean() > 0.4, "the objects stand elsewhere"
+        assert np.abs(first.astype(int) - later).mean() < 0.5, "nothing but the arm has moved yet"
+
+
 def test_the_rig_keeps_the_tool_point_in_every_picture():
     cameras = rig(128)
     assert [camera.name for camera in cameras] == ["left", "right", "top"]

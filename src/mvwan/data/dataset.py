@@ -38,6 +38,16 @@ def read_episodes(root: str | Path, cameras: Sequence[str] | None = None, trail:
 
     `MvwanError` when the folder is missing or holds no known dataset.
     """
+    folder, kind = Path(root), format_of(root)
+    if kind == "LeRobot v3":
+        return tuple(read_lerobot(folder, cameras))
+    if kind == "trail":
+        return tuple(read_trail(folder, trail or TrailConfig(), cameras))
+    return tuple(read_mvtrack(folder, cameras))
+
+
+def format_of(root: str | Path) -> Literal["LeRobot v3", "trail", "MVTrack"]:
+    """The format of the dataset in the folder `root`, by its layout. `MvwanError` when it is missing or holds no known dataset."""
     folder = Path(root)
     understood = (
         "mvwan reads LeRobot v3 datasets (a folder with meta/info.json; `mvwan record` makes one), trail (folders trail_<N>) and MVTrack "
@@ -48,11 +58,11 @@ def read_episodes(root: str | Path, cameras: Sequence[str] | None = None, trail:
     if not folder.is_dir():
         raise MvwanError(f"data.root={str(root)!r}: a file, not a folder. {understood}")
     if (folder / "meta" / "info.json").is_file():
-        return tuple(read_lerobot(folder, cameras))
+        return "LeRobot v3"
     if is_trail(folder):
-        return tuple(read_trail(folder, trail or TrailConfig(), cameras))
+        return "trail"
     if is_mvtrack(folder):
-        return tuple(read_mvtrack(folder, cameras))
+        return "MVTrack"
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
     raise MvwanError(f"data.root={str(root)!r}: no dataset that mvwan understands (found {found}). {understood}")
 

@@ -150,7 +150,12 @@ class Simulator:
     def reset(self, layout_seed: int) -> State:
         """The state at the start of a layout: same seed, same layout, whatever ran before."""
         self._env.seed(layout_seed)
-        self._observation, _ = self._env.reset()
+        self._env.reset()
+        # Meta-World moves some objects after it has computed where all things are: until the next step they were seen, in pictures and in
+        # the expert's observation, where the layout before had them.
+        bindings: Any = mujoco
+        bindings.mj_forward(self._env.model, self._env.data)
+        self._observation = self._env._get_obs()
         self._expert = ENV_POLICY_MAP[self.task]()
         self._success = False
         return self.state
