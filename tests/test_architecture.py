@@ -47,7 +47,7 @@ FLOORS: dict[float, tuple[str, ...]] = {
         "trajectory",
     ),
     3: ("checkpoint", "compatibility", "data.dataset", "model.latents", "model.movement", "model.multiview_wan", "prediction_files"),
-    4: ("baselines", "checkpoint_writer", "latent_cache", "model.surgery"),
+    4: ("baselines", "data.convert", "checkpoint_writer", "latent_cache", "model.surgery"),
     5: ("checkpoint_compare", "checkpoint_export", "sample", "sim.metaworld", "train_data", "training_module"),
     5.5: ("deepspeed_engine", "sim.execution"),
     6: ("data_report", "evaluate", "optimizer", "policies", "run_manifest", "strategy"),

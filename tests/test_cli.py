@@ -48,6 +48,7 @@ INTERFACE = {
         *("table", "--output", "--steps", "--trials", "--demonstrations", "--task", "--switch", "--set", "--execute", "--denoise-steps"),
         *("--control-steps", "--videos", "--seed", "--processes", "--baseline", "--baseline-steps", "--tuning", "--fresh", "--dry-run"),
     ],
+    "data convert": ["source", "output", "--set"],
     "data inspect": ["folder", "--sheet", "--preset", "--set", "--json"],
     "checkpoint inspect": ["path", "--json"],
     "checkpoint verify": ["path", "--against"],

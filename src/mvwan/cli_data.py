@@ -16,11 +16,6 @@ from mvwan.presets import PRESETS, config_from_preset
 datasets = typer.Typer(help="Look at datasets before training on them.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@datasets.callback()
-def _everywhere() -> None:
-    """Keeps `inspect` a word of its own while it is the only verb."""
-
-
 @datasets.command(epilog="Example: mvwan data inspect data/drawer --sheet sheet.png")
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a dataset: LeRobot v3, trail or MVTrack.", show_default=False)],
@@ -48,3 +43,20 @@ def inspect(
     console().print(report.render())
     for line in [*report.lines(), *([f"sheet: {sheet}"] if sheet else [])]:
         typer.echo(line)
+
+
+@datasets.command(epilog="Example: mvwan data convert data/trails data/lerobot --set data.trail.size_px=128")
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a dataset in any format that is read.", show_default=False)],
+    output: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write to; must not exist yet.", show_default=False)],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="data.cameras, data.trail.*; repeatable.", show_default=False),
+    ] = None,
+) -> None:
+    """Write a dataset as LeRobot v3 with calibration."""
+    from mvwan.data.convert import convert
+
+    config = config_from_preset("tiny", parse_overrides(settings or []), where="settings")
+    done = convert(source, output, config.data)
+    typer.echo(f"{output}: {done.episodes} episodes, {done.frames} frames in the views {', '.join(done.views)}, from {done.source_format}")

@@ -9,8 +9,8 @@
     videos/observation.images.<camera>/chunk-000/file-000.mp4   many episodes one after the other
 
 Compatible with the package lerobot 0.4 (`codebase_version` v3.0). The state is the tool point and the hand in metres and the
-measured gripper opening, found by the names of `observation.state`; the hand's orientation is read where a dataset has it there, and
-not written. Knows no simulator.
+measured gripper opening, found by the names of `observation.state`; the hand's orientation stands there as well where it is known. Knows
+no simulator.
 """
 
 import hashlib
@@ -73,9 +73,17 @@ def _next_place(place: tuple[int, int]) -> tuple[int, int]:
 
 @contextmanager
 def write_dataset(
-    root: str | Path, *, cameras: Sequence[Camera], fps: int, action_names: Sequence[str], robot_type: str
+    root: str | Path,
+    *,
+    cameras: Sequence[Camera],
+    fps: int,
+    action_names: Sequence[str],
+    robot_type: str,
+    with_quaternion: bool = False,
 ) -> Iterator["LeRobotWriter"]:
-    """A writer to add episodes to. The folder appears, whole, when the block ends well, and not at all otherwise.
+    """A writer to add episodes to, `with_quaternion` with the hand's orientation in the state.
+
+    The folder appears, whole, when the block ends well, and not at all otherwise.
 
     Raises `MvwanError` when `root` holds something already, or when no episode was added.
     """
@@ -85,7 +93,7 @@ def write_dataset(
     if root.exists():
         raise MvwanError(f"{root}: exists already and is not an empty folder. Remove it or choose another output folder.")
     with whole_directory(root) as folder:
-        writer = LeRobotWriter(folder, cameras, fps, action_names, robot_type)
+        writer = LeRobotWriter(folder, cameras, fps, action_names, robot_type, with_quaternion)
         try:
             yield writer
         finally:
@@ -98,10 +106,18 @@ def write_dataset(
 class LeRobotWriter:
     """A dataset under construction: made by `write_dataset`, which also ends it."""
 
-    def __init__(self, folder: Path, cameras: Sequence[Camera], fps: int, action_names: Sequence[str], robot_type: str) -> None:
-        self._folder, self._fps, self._robot_type = folder, fps, robot_type
+    def __init__(
+        self,
+        folder: Path,
+        cameras: Sequence[Camera],
+        fps: int,
+        action_names: Sequence[str],
+        robot_type: str,
+        with_quaternion: bool = False,
+    ) -> None:
+        self._folder, self._fps, self._robot_type, self._with_quaternion = folder, fps, robot_type, with_quaternion
         self._cameras = tuple(cameras)
-        self._features = _features(cameras, fps, action_names)
+        self._features = _features(cameras, fps, action_names, with_quaternion)
         self._calibration = _calibration_columns(cameras)
         self._tracks = [_VideoTrack(folder, camera, fps) for camera in cameras]
         self._rows = _RowFile(folder, self._features)
@@ -127,11 +143,17 @@ class LeRobotWriter:
         gripper_open: np.ndarray,
         action: np.ndarray,
         success: np.ndarray,
+        hand_quaternion_wxyz: np.ndarray | None = None,
     ) -> None:
-        """Nothing; appends one episode of rgb [V F H W 3] uint8, point_m and hand_m [F 3], gripper_open [F], action [F A], success [F]."""
+        """Nothing; appends one episode of rgb [V F H W 3] uint8, point_m and hand_m [F 3], gripper_open [F], action [F A], success [F].
+
+        hand_quaternion_wxyz [F 4] belongs to datasets made `with_quaternion` and to no others.
+        """
+        assert (hand_quaternion_wxyz is not None) == self._with_quaternion, f"episode {name}: with_quaternion={self._with_quaternion}"
         frames, index = len(point_m), len(self._episodes)
         assert rgb.shape[:2] == (len(self._cameras), max(frames, 1)), f"episode {name}: rgb is {rgb.shape} for {frames} frames"
-        state = np.concatenate([point_m, hand_m, np.reshape(gripper_open, (frames, 1))], axis=1)
+        parts = [point_m, hand_m, np.reshape(gripper_open, (frames, 1))]
+        state = np.concatenate([*parts, *([] if hand_quaternion_wxyz is None else [hand_quaternion_wxyz])], axis=1)
         task = self._tasks.setdefault(instruction, len(self._tasks))
         columns = {
             _STATE: state.astype(np.float32),
@@ -253,9 +275,9 @@ class _RowFile:
             writer.close()
 
 
-def _features(cameras: Sequence[Camera], fps: int, action_names: Sequence[str]) -> dict[str, Any]:
+def _features(cameras: Sequence[Camera], fps: int, action_names: Sequence[str], with_quaternion: bool) -> dict[str, Any]:
     """The feature table of `meta/info.json`."""
-    state_names = [*POINT_NAMES, *HAND_NAMES, GRIPPER_NAME]
+    state_names = [*POINT_NAMES, *HAND_NAMES, GRIPPER_NAME, *(QUATERNION_NAMES if with_quaternion else ())]
     features: dict[str, Any] = {
         _STATE: {"dtype": "float32", "shape": [len(state_names)], "names": state_names},
         _ACTION: {"dtype": "float32", "shape": [len(action_names)], "names": list(action_names)},
