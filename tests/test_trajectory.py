@@ -5,7 +5,7 @@ import pytest
 
 from mvwan.cameras import Camera, look_at
 from mvwan.heatmaps import colour, peak, render, uncolour
-from mvwan.trajectory import lift, smooth
+from mvwan.trajectory import lift
 
 SIZE_PX = 256
 FOCAL_PX = 0.5 * SIZE_PX / np.tan(np.radians(45) / 2)
@@ -59,26 +59,6 @@ def test_residual_tells_that_views_disagree(rig):
     uv_px[0, :, 1] += 12
     _, residual_px = lift(uv_px, np.ones((3, 4)), rig)
     assert (residual_px > 2).all()
-
-
-def test_smooth_keeps_a_straight_line_and_the_ends():
-    line = np.arange(9)[:, None] * np.array([0.01, -0.02, 0.03])
-    np.testing.assert_allclose(smooth(line, 5), line, atol=1e-15)
-    noisy = line + np.random.default_rng(0).normal(0, 0.01, line.shape)
-    smoothed = smooth(noisy, 5)
-    np.testing.assert_array_equal(smoothed[[0, -1]], noisy[[0, -1]])
-    np.testing.assert_allclose(smoothed[4], noisy[2:7].mean(axis=0))
-    assert np.linalg.norm(smoothed - line) < 0.8 * np.linalg.norm(noisy - line)
-    np.testing.assert_array_equal(smooth(noisy, 1), noisy)
-
-
-def test_smooth_never_fills_a_gap():
-    path = np.arange(7.0)[:, None].repeat(3, axis=1)
-    path[3] = np.nan
-    smoothed = smooth(path, 3)
-    assert np.isnan(smoothed[3]).all()
-    np.testing.assert_allclose(smoothed[2], 1.5)
-    assert np.isfinite(np.delete(smoothed, 3, axis=0)).all()
 
 
 @pytest.mark.parametrize(("confidence", "most_mm"), [(0.02, 2), (0.1, 2), (0.5, 5)])

@@ -1,4 +1,4 @@
-"""Peaks in several views -> 3-D points with their residual, and smoothing of the path. Knows no pictures and no robot."""
+"""Peaks in several views -> 3-D points with their residual. Knows no pictures and no robot."""
 
 from collections.abc import Sequence
 
@@ -35,20 +35,3 @@ def lift(uv_px: np.ndarray, confidence: np.ndarray, cameras: Sequence[Camera]) -
 def _distance_px(point_m: np.ndarray, uv_px: np.ndarray, cameras: Sequence[Camera]) -> np.ndarray:
     """[V F] from the projected point to each peak."""
     return np.linalg.norm(np.stack([camera.project(point_m)[0] for camera in cameras]) - uv_px, axis=-1)
-
-
-def smooth(point_m: np.ndarray, window: int) -> np.ndarray:
-    """point_m [F 3] averaged over `window` frames (odd) around each. The window shrinks evenly towards both ends, which stay put.
-
-    NaN points stay NaN and take no part in their neighbours' averages: a gap is never filled.
-    """
-    assert window % 2 == 1, f"smooth: window={window} must be odd"
-    points = np.asarray(point_m, np.float64)
-    frames = len(points)
-    known = np.asarray(np.isfinite(points).all(axis=-1))
-    smoothed = np.full_like(points, np.nan)
-    for frame in np.flatnonzero(known):
-        reach = min(window // 2, frame, frames - 1 - frame)
-        nearby = slice(frame - reach, frame + reach + 1)
-        smoothed[frame] = points[nearby][known[nearby]].mean(axis=0)
-    return smoothed

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from mvwan.batch import Episode
@@ -162,6 +164,20 @@ def test_what_is_wrong_is_named(broken: Path, spoil, message: str) -> None:
     spoil(broken / "ball0")
     with pytest.raises(MvwanError, match=message):
         read_episodes(broken)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(alphabet="0123456789.,- \n\tenaif\x00é", max_size=120), st.sampled_from(["groundtruth.txt", "invisible.txt"]))
+def test_labels_of_any_text_are_read_or_refused_in_a_sentence(broken: Path, text: str, name: str) -> None:
+    path = broken / "ball0/ball0-2" / name
+    before = path.read_text()
+    path.write_text(text)
+    try:
+        read_mvtrack(broken)
+    except MvwanError as error:
+        assert str(error).isprintable()  # noqa: PT017 - it need not be refused
+    finally:
+        path.write_text(before)
 
 
 def test_a_damaged_picture_is_named_with_its_episode_and_frame(broken: Path) -> None:
