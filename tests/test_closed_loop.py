@@ -180,7 +180,7 @@ def test_numbers_of_another_version_are_told(typed, folder, tmp_path):
     result = typed[1]
     assert read_closed_loop(folder / "closed_loop.json")["trials"] >= 1
     (tmp_path / "closed_loop.json").write_text(json.dumps({**result, "format_version": 1}))
-    with pytest.raises(MvwanError, match="format 1, this version reads 3"):
+    with pytest.raises(MvwanError, match="format 1, this version reads 4"):
         read_closed_loop(tmp_path / "closed_loop.json")
 
 

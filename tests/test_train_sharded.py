@@ -30,8 +30,9 @@ EXACT: dict[str, Any] = {
     "train": {**STEPS, "precision": "no", "gradient_accumulation": 2, "max_gradient_norm": 0.02},  # norms are near 0.8: clipping acts
 }
 ROUNDED: dict[str, Any] = {
+    "base": {"dtype": "bfloat16"},
     "model": {"gradient_checkpointing": True, "action_head": "gripper"},
-    "train": {**STEPS, "gradient_accumulation": 4, "save_every": 4, "evaluate_every": 0},
+    "train": {**STEPS, "precision": "bf16", "gradient_accumulation": 4, "save_every": 4, "evaluate_every": 0},
 }
 """A bfloat16 base under autocast, with blocks computed twice, and several micro-batches in each of two processes."""
 PAIR: dict[str, Any] = {"train": {"gradient_accumulation": 1}}

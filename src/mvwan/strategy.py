@@ -29,6 +29,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from mvwan.config import Config
 from mvwan.deepspeed_engine import InTuples, ZeroEngine, ZeroOptimizer, zero_settings
 from mvwan.errors import MvwanError
+from mvwan.precision import settle
 from mvwan.sharding import FlatPart
 from mvwan.training_module import HeatmapWanTrainingModule
 
@@ -66,7 +67,7 @@ def make_accelerator(config: Config, output: Path) -> Accelerator:
     on_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(
         cpu=on_cpu and zero is None,  # with it, accelerate would forget DeepSpeed
-        mixed_precision=config.train.precision,
+        mixed_precision=settle(config).train.precision,
         # A plugin, since the plain argument gives way to an environment variable.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.gradient_accumulation, sync_with_dataloader=False),
         fsdp_plugin=plugin,
