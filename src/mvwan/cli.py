@@ -438,7 +438,12 @@ def demo(
     ),
     task: Annotated[str, typer.Option("--task", help="Meta-World task.")] = "drawer-open-v3",
     episodes: Annotated[int, typer.Option("--episodes", min=2, help="Demonstrations; a fifth is held out.")] = 10,
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Optimizer steps of each of the two runs.")] = 400,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps", min=2, help="Optimizer steps of each of the two runs. Not given: what takes ten minutes in all, 400 or 120."
+        ),
+    ] = None,
     windows: Annotated[int, typer.Option("--windows", min=1, help="Held-out windows that are measured, at most.")] = 8,
     trials: Annotated[int, typer.Option("--trials", min=0, help="Closed-loop trials of each run and control; 0: none.")] = 2,
     seed: Seed = 0,
