@@ -172,7 +172,8 @@ def _what_moved(records: Sequence[RunRecord]) -> str:
         ("change_from_zero", "Reached by what was zero", "norm"),
     ):
         changes = {record.label: {row["group"]: row[field] for row in record.movement["groups"]} for record in records}
-        plots += _plot(report_figures.movement(changes, title, x))
+        if any(change is not None for of_run in changes.values() for change in of_run.values()):  # nothing starts at zero in a later stage
+            plots += _plot(report_figures.movement(changes, title, x))
     rows = []
     for record in records:
         for row in record.movement["groups"]:

@@ -126,9 +126,9 @@ def _against_baseline(records: Sequence[RunRecord], hold: float | None, codec: f
         return f"Heatmaps without a peak, which count as holding: {shares}. So the errors are those of holding; train longer. {floor}"
     better = [record.label for record in records if (record.mean("peak_error_px") or np.inf) < hold]
     verdict = {
-        0: "No run beats holding the first frame yet: train longer, on more demonstrations, or on a better VAE.",
-        len(records): "Every run beats holding the first frame." if len(records) > 1 else "The run beats holding the first frame.",
-    }.get(len(better), f"Only the run with the switch {' and '.join(better)} beats holding the first frame.")
+        0: "In peaks, no run beats holding the first frame yet: train longer, on more demonstrations, or on a better VAE.",
+        len(records): f"In peaks, {'every' if len(records) > 1 else 'the'} run beats holding the first frame.",
+    }.get(len(better), f"In peaks, only the run with the switch {' and '.join(better)} beats holding the first frame.")
     return f"{verdict} {floor}"
 
 
