@@ -13,7 +13,7 @@ import numpy as np
 
 from mvwan.batch import Episode
 from mvwan.cameras import Camera
-from mvwan.data.dataset import held_out, read_episodes
+from mvwan.data.dataset import kept_out, read_episodes
 from mvwan.data.transforms import resize
 from mvwan.errors import MvwanError
 from mvwan.files import sha256_json
@@ -170,8 +170,8 @@ class Demonstrations:
     def training(self) -> tuple[Episode, ...]:
         """The episodes that are not held out."""
         episodes = read_episodes(self.root, self.cameras)
-        kept_out = held_out([episode.name for episode in episodes], self.seed, self.validation_share)
-        return tuple(episode for episode in episodes if episode.name not in kept_out)
+        validation = kept_out(episodes, self.seed, self.validation_share)
+        return tuple(episode for episode in episodes if episode.name not in validation)
 
     @property
     def fingerprint(self) -> str:

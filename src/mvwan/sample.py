@@ -45,6 +45,8 @@ class LoadedRun:
 def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = False) -> LoadedRun:
     """The newest checkpoint of the run in folder `path` (or the checkpoint folder itself), ready to predict.
 
+    Where `device` is slow with bfloat16 the same weights are held in float32, and `config` says so.
+
     Raises `MvwanError` when there is none, when it is damaged, or when its base is not the one it was trained on.
     """
     folder = find_checkpoint(path)

@@ -79,6 +79,14 @@ def held_out(names: Iterable[str], seed: int, share: float) -> frozenset[str]:
     return frozenset(ranked[:count])
 
 
+def kept_out(episodes: Sequence[Episode], seed: int, share: float) -> frozenset[str]:
+    """The names of the episodes that are for validation: as the dataset itself says, else as `held_out` draws them."""
+    decided = {episode.name: episode.split for episode in episodes if episode.split is not None}
+    if decided:
+        return frozenset(name for name, split in decided.items() if split == "validation")
+    return held_out([episode.name for episode in episodes], seed, share)
+
+
 def order(seed: int, epoch: int, num_items: int) -> np.ndarray:
     """[num_items] int64: the order in which an epoch visits its items, a permutation drawn from (seed, epoch)."""
     return np.random.default_rng((seed, epoch)).permutation(num_items)
@@ -320,8 +328,7 @@ def _split(episodes: Sequence[Episode], share: float, split: str, seed: int) -> 
         names = [episode.name for episode in episodes]
         twice = next(name for name in names if names.count(name) > 1)
         raise MvwanError(f"episode {twice!r} occurs twice: names must be unique in a dataset.")
-    decided = {name: episode.split for name, episode in by_name.items() if episode.split is not None}
-    validation = frozenset(name for name, side in decided.items() if side == "validation") if decided else held_out(by_name, seed, share)
+    validation = kept_out(episodes, seed, share)
     chosen = [by_name[name] for name in sorted(by_name) if (name in validation) == (split == "validation")]
     if not chosen and split == "train":
         raise MvwanError(f"data.validation_share={share}: no episode of {len(episodes)} is left to train on. Lower data.validation_share.")

@@ -26,6 +26,7 @@ from mvwan.errors import MvwanError
 from mvwan.files import read_text, sha256_json
 
 FPS = 30.0
+"""The format does not say; written videos have this rate."""
 _SPLITS: Mapping[str, Literal["train", "validation", "test"]] = {"train": "train", "val": "validation", "test": "test"}
 _PICTURES = (".jpg", ".jpeg", ".png")
 _LARGEST_PX = 2**15

@@ -29,6 +29,7 @@ from mvwan.files import read_text, sha256_json
 from mvwan.pickles import read_pickle
 
 FPS = 10.0
+"""The format does not say; written videos and converted datasets have this rate."""
 SENSORS = ("3rd_1", "3rd_2", "3rd_3")
 _TRAIL = re.compile(r"trail_(\d{1,9})")
 

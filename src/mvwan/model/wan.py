@@ -398,7 +398,7 @@ def load_vae(source: str | Path, dtype: torch.dtype = torch.float32) -> Autoenco
 
 
 class _PlaneConv(WanCausalConv3d):
-    """A causal convolution in which the weights of earlier frames are zero, as in most of the tiny base's: each frame by itself."""
+    """A causal convolution in which the weights of earlier frames are zero, as in six of the tiny base's: each frame by itself."""
 
     def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
         planes = rearrange(x, "B C F H W -> (B F) C H W")
