@@ -275,7 +275,19 @@ def _begin_worker() -> None:
 
 
 def run_trial(trial: Trial) -> dict[str, Any]:
-    """What happened, ready for a JSON line; the same trial always gives the same but for `seconds`."""
+    """What happened, ready for a JSON line; the same trial always gives the same but for `seconds`.
+
+    On one thread, whatever the caller has: sums over several round otherwise.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _run_trial(trial)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run_trial(trial: Trial) -> dict[str, Any]:
     started = time.monotonic()
     config, demonstrations = _source(trial.checkpoint)
     policy = _policy(trial, config, demonstrations)
