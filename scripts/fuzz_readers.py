@@ -10,8 +10,9 @@ import importlib
 import sys
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 try:
@@ -29,12 +30,16 @@ with atheris.instrument_imports(include=["mvwan", "yaml", "json", "pickle"], ena
 
     from mvwan.cameras import Camera
     from mvwan.checkpoint import load_trained, read_optimizer, save_checkpoint
-    from mvwan.config import Config, config_from_dict, dump_yaml, parse_overrides, read_yaml
+    from mvwan.config import Config, TrailConfig, config_from_dict, dump_yaml, parse_overrides, read_yaml
     from mvwan.data.episode import count_frames, read_frames
     from mvwan.data.lerobot import read_lerobot, write_dataset
+    from mvwan.data.mvtrack import read_mvtrack
+    from mvwan.data.rlbench import read_rlbench
+    from mvwan.data.trail import read_trail
     from mvwan.errors import MvwanError
     from mvwan.files import COMMIT_MARK, read_json, read_json_lines, sha256_file
     from mvwan.pickles import read_pickle
+    from mvwan.pictures import png
     from mvwan.tensors import TensorFile, digest, write_tensors
 
 Read = Callable[[bytes], object]
@@ -101,6 +106,21 @@ def manifest(folder: Path) -> tuple[Read, list[bytes]]:
     return of_file(path, marked(load_trained), marked(read_optimizer)), seeds
 
 
+def of_files(paths: Sequence[Path], reader: Callable[[], object]) -> tuple[Read, list[bytes]]:
+    """Writes the input to one of `paths`, which its first byte names, calls the reader, and puts back what was there."""
+    whole = [path.read_bytes() for path in paths]
+
+    def read(data: bytes) -> object:
+        which = data[0] % len(paths) if data else 0
+        paths[which].write_bytes(data[1:])
+        try:
+            return allowed(lambda _: reader())(data)
+        finally:
+            paths[which].write_bytes(whole[which])
+
+    return read, [bytes([which]) + content for which, content in enumerate(whole)]
+
+
 def jsonl(folder: Path) -> tuple[Read, list[bytes]]:
     """JSON files and JSON lines."""
     seeds = [b'{"kind": "train", "step": 1, "loss": 0.5}\n{"a": [1, null, "nan"]}\n', b'{"a": {"b": [1e5, true, "\\u00e4"]}}\n']
@@ -149,20 +169,10 @@ def dataset(folder: Path) -> Path:
 
 
 def parquet(folder: Path) -> tuple[Read, list[bytes]]:
-    """Both tables of a dataset; the first byte of an input says which."""
+    """Both tables of a dataset."""
     root = dataset(folder)
     paths = [root / "meta/episodes/chunk-000/file-000.parquet", root / "data/chunk-000/file-000.parquet"]
-    whole = [path.read_bytes() for path in paths]
-
-    def read(data: bytes) -> object:
-        which = data[0] % 2 if data else 0
-        paths[which].write_bytes(data[1:])
-        try:
-            return allowed(lambda _: read_lerobot(root))(data)
-        finally:
-            paths[which].write_bytes(whole[which])
-
-    return read, [bytes([which]) + content for which, content in enumerate(whole)]
+    return of_files(paths, lambda: read_lerobot(root))
 
 
 def video(folder: Path) -> tuple[Read, list[bytes]]:
@@ -172,8 +182,59 @@ def video(folder: Path) -> tuple[Read, list[bytes]]:
     return of_file(path, count_frames, lambda given: read_frames(given, 10.0, range(10), (32, 32))), seeds
 
 
+def put(path: Path, content: bytes | object) -> Path:
+    """`path`, which then holds these bytes, or the pickle of what else was given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    return path
+
+
+def mvtrack(folder: Path) -> tuple[Read, list[bytes]]:
+    """Boxes, flags, splits and a picture of a scene."""
+    scene, picture = folder / "mvtrack/cup1", png(np.zeros((16, 16, 3), np.uint8))
+    texts = {"groundtruth.txt": b"1,2,3,4\n5,6,7,8\n", "invisible.txt": b"0,1", "img/1.png": picture}
+    paths = [put(scene / "cup1-1" / name, content) for name, content in texts.items()]
+    paths.append(put(folder / "mvtrack/train_split.txt", b"cup1-1\n"))
+    put(scene / "cup1-1/img/2.png", picture)
+    return of_files(paths, lambda: [episode.read_rgb([0, 1]) for episode in read_mvtrack(scene.parent)])
+
+
+def trail(folder: Path) -> tuple[Read, list[bytes]]:
+    """Every pickle of a demonstration, and its instruction."""
+    one = folder / "trail/push/trail_1"
+    contents: dict[str, Any] = {"poses/000000.pkl": np.array([0.1, 0.2, 0.3, 1, 0, 0, 0]), "gripper_states/000000.pkl": True}
+    contents |= {"extrinsics.pkl": {f"3rd_{sensor}": np.eye(4) for sensor in (1, 2, 3)}, "instruction.txt": b"push"}
+    for sensor in (1, 2, 3):
+        contents |= {f"3rd_{sensor}_pcd/000000.pkl": np.full((4, 4, 3), 0.1, np.float32)}
+        contents |= {f"3rd_{sensor}_bgr/000000.pkl": np.full((4, 4, 3), 9, np.uint8)}
+    paths = [put(one / name, content) for name, content in contents.items()]
+    settings = TrailConfig(scene_bounds_m=(0.0, 0.0, 0.0, 1.0, 1.0, 1.0), size_px=16)
+    return of_files(paths, lambda: [episode.read_rgb([0]) for episode in read_trail(one.parent, settings)])
+
+
+def rlbench(folder: Path) -> tuple[Read, list[bytes]]:
+    """The pickles and a picture of a demonstration."""
+    episode = folder / "rlbench/push/all_variations/episodes/episode0"
+    modules = {name: ModuleType(name) for name in ("rlbench", "rlbench.backend", "rlbench.demo", "rlbench.backend.observation")}
+    made: list[Any] = []
+    for module, name in (("rlbench.demo", "Demo"), ("rlbench.backend.observation", "Observation")):
+        setattr(modules[module], name, type(name, (), {"__module__": module}))
+        made.append(getattr(modules[module], name)())
+    sys.modules.update(modules)
+    demo, observation = made
+    observation.gripper_pose, observation.gripper_open = np.array([0.1, 0.2, 0.3, 0, 0, 0, 1]), 1.0
+    observation.misc = {"front_camera_extrinsics": np.eye(4), "front_camera_intrinsics": np.diag([-9.0, -9, 1])}
+    demo._observations = [observation, observation]
+    contents = {"low_dim_obs.pkl": demo, "variation_descriptions.pkl": ["push"], "front_rgb/0.png": png(np.zeros((16, 16, 3), np.uint8))}
+    paths = [put(episode / name, content) for name, content in contents.items()]
+    put(episode / "front_rgb/1.png", contents["front_rgb/0.png"])
+    for name in modules:
+        del sys.modules[name]
+    return of_files(paths, lambda: [found.read_rgb([0, 1]) for found in read_rlbench(folder / "rlbench")])
+
+
 TARGETS = {"safetensors": safetensors, "manifest": manifest, "jsonl": jsonl, "yaml": yaml, "pickle": pickles}
-TARGETS |= {"parquet": parquet, "video": video}
+TARGETS |= {"parquet": parquet, "video": video, "mvtrack": mvtrack, "trail": trail, "rlbench": rlbench}
 
 
 def main() -> None:

@@ -74,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
         usage="heatmap_train_mv.py [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--heatmap_data_root", nargs="+", help="folder of robot demonstrations (trail, or LeRobot v3 with cameras)")
+    data.add_argument("--heatmap_data_root", nargs="+", help="folders of robot demonstrations (trail, or LeRobot v3 with cameras)")
     data.add_argument(
         "--mvtrack_data_root", "--mvtrack_root", help="folder of multi-view tracking clips (MVTrack, or LeRobot v3 with cameras)"
     )
@@ -247,16 +247,16 @@ def _trail(args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def data_root(args: argparse.Namespace) -> str:
-    """The one dataset folder, or `MvwanError`."""
+def data_root(args: argparse.Namespace) -> str | tuple[str, ...]:
+    """The dataset's folder or folders, or `MvwanError`."""
     robot = args.heatmap_data_root or []
-    if len(robot) + bool(args.mvtrack_data_root) != 1:
+    if bool(robot) + bool(args.mvtrack_data_root) != 1:
         given = [*robot, *([args.mvtrack_data_root] if args.mvtrack_data_root else [])]
         raise MvwanError(
-            f"{len(given)} dataset folders given{': ' if given else ''}{', '.join(given)}; one is needed. Set --heatmap_data_root or "
-            "--mvtrack_data_root to one folder (several tasks may lie in it)."
+            f"{len(given)} dataset folders given{': ' if given else ''}{', '.join(given)}; needed is either --heatmap_data_root with one "
+            "or more folders, or --mvtrack_data_root."
         )
-    return robot[0] if robot else args.mvtrack_data_root
+    return (robot[0] if len(robot) == 1 else tuple(robot)) if robot else args.mvtrack_data_root
 
 
 def config_of(args: argparse.Namespace) -> Config:
@@ -329,7 +329,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         raise MvwanError("--output_path is missing: the folder of the run. Set --output_path.")
     from mvwan.data.dataset import WindowDataset, read_episodes
 
-    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail)
+    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail, config.data.on_corrupt)
     windows = WindowDataset(episodes, config.data, config.model.views, "train", config.seed)
     config = with_schedule(args, config, len(windows), int(os.environ.get("WORLD_SIZE", "1")))
     if args.check:

@@ -50,9 +50,10 @@ def golden_run(tiny_demonstrations: Path, tmp_path_factory: pytest.TempPathFacto
     """
     import torch
 
-    from mvwan import latent_cache
     from mvwan.config import config_from_dict
     from mvwan.data.dataset import WindowDataset, read_episodes
+    from mvwan.latent_cache import Keys, write_entry
+    from mvwan.latent_shards import ShardWriter
     from mvwan.model.latents import codec_digest
 
     folder = tmp_path_factory.mktemp("latents")
@@ -77,14 +78,15 @@ def golden_run(tiny_demonstrations: Path, tmp_path_factory: pytest.TempPathFacto
     generator = torch.Generator().manual_seed(0)
     for split in ("train", "validation"):
         dataset = WindowDataset(episodes, config.data, 3, split, config.seed)
-        keys = latent_cache._keys(folder, dataset, codec_digest("tiny", config.data.text_tokens), config.data.heatmap_sigma_px)
-        for path in keys.samples:
-            rgb, heat = torch.randn(2, 3, 48, 2, 4, 4, generator=generator)
-            valid = torch.ones(3, 2, dtype=torch.bool)
-            valid[0, 1] = bool(torch.rand((), generator=generator) < 0.5)  # streams of another size in every micro-batch
-            latent_cache._write(path, {"rgb": rgb, "heat": heat, "heat_valid": valid})
-        for path in sorted(set(keys.texts)):
-            latent_cache._write(path, {"text": torch.randn(32, 32, generator=generator)})
+        keys = Keys(folder, dataset, codec_digest("tiny", config.data.text_tokens), config.data.heatmap_sigma_px)
+        with ShardWriter(folder) as entries:
+            for item in range(len(keys)):
+                rgb, heat = torch.randn(2, 3, 48, 2, 4, 4, generator=generator)
+                valid = torch.ones(3, 2, dtype=torch.bool)
+                valid[0, 1] = bool(torch.rand((), generator=generator) < 0.5)  # streams of another size in every micro-batch
+                entries.add(keys.key(item), {"rgb": rgb, "heat": heat, "heat_valid": valid})
+        for path in keys.texts().values():
+            write_entry(path, {"text": torch.randn(32, 32, generator=generator)})
     return values
 
 

@@ -36,7 +36,8 @@ from mvwan.config import Config, config_from_dict, dump_yaml, parse_overrides, r
 from mvwan.data.dataset import read_episodes
 from mvwan.errors import MvwanError
 from mvwan.files import read_json, read_json_lines, sha256_file
-from mvwan.latent_cache import _read, _write
+from mvwan.latent_cache import WINDOW, read_entry, write_entry
+from mvwan.latent_shards import Shards, ShardWriter
 from mvwan.model.native_names import to_ours
 from mvwan.model.surgery import LoadReport, load_model
 from mvwan.model.wan import load_transformer
@@ -707,21 +708,52 @@ def test_pictures_of_another_size_are_no_pictures_of_the_dataset(dataset: Path) 
 
 def test_damaged_cache_entries(tmp_path: Path) -> None:
     path = tmp_path / "entry.safetensors"
-    _write(path, {"rgb": torch.ones(1, 2, 1, 2, 2), "heat": torch.zeros(1, 2, 1, 2, 2), "heat_valid": torch.ones(1, 1, dtype=torch.bool)})
+    whole = {"rgb": torch.ones(1, 2, 1, 2, 2), "heat": torch.zeros(1, 2, 1, 2, 2), "heat_valid": torch.ones(1, 1, dtype=torch.bool)}
+    write_entry(path, whole)
     content = path.read_bytes()
-    _read(path)
+    read_entry(path, WINDOW)
     header = 8 + int.from_bytes(content[:8], "little")
 
     def check(case: tuple[int, bytes]) -> None:
         path.write_bytes(case[1])
-        said = refusal(lambda: _read(path))
+        said = refusal(lambda: read_entry(path, WINDOW))
         assert said is None or "entry.safetensors" in said
         assert said is not None or case[1][header:] == content[header:], "a changed tensor was taken for a whole one"
 
     check_cases("cache entry", tmp_path, damaged([content]), check)
     for tensors in ({}, {"rgb": torch.ones(2)}, {"rgb": torch.ones(1), "heat": torch.ones(1), "heat_valid": torch.ones(1)}):
-        _write(path, tensors)
-        assert refusal(lambda: _read(path)) is not None
+        write_entry(path, tensors)
+        assert refusal(lambda: read_entry(path, WINDOW)) is not None
+
+
+def test_damaged_shards(tmp_path: Path) -> None:
+    """Whatever happens to a shard's bytes, an entry is what was written, is refused, or is not there."""
+    entries = {
+        bytes([number] * 32): {
+            "rgb": torch.full((1, 2, 1, 2, 2), float(number)),
+            "heat": torch.zeros(1, 2, 1, 2, 2),
+            "heat_valid": torch.ones(1, 1, dtype=torch.bool),
+        }
+        for number in range(3)
+    }
+    with ShardWriter(tmp_path) as writer:
+        for key, tensors in entries.items():
+            writer.add(key, tensors)
+    (path,) = (tmp_path / "shards").glob("*.safetensors")
+
+    def check(case: tuple[int, bytes]) -> None:
+        path.write_bytes(case[1])
+        shards = Shards(tmp_path, WINDOW)
+        places = shards.find(np.frombuffer(b"".join(entries), np.uint8).reshape(3, 32))
+        bad = shards.damaged(places[places >= 0])
+        for place, tensors in zip(places.tolist(), entries.values(), strict=True):
+            if place < 0:
+                continue
+            said = refusal(lambda place=place: shards.read(place))
+            assert (said is not None) == (place in bad)
+            assert said is not None or digest(shards.read(place)) == digest(tensors), "a changed tensor was taken for a whole one"
+
+    check_cases("cache entry", tmp_path, damaged([path.read_bytes()]), check)
 
 
 def test_odd_configs_of_a_base(tmp_path: Path) -> None:

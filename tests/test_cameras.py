@@ -59,6 +59,19 @@ def test_unproject_is_the_inverse_of_project(camera):
     np.testing.assert_allclose(camera.unproject(*camera.project(points)), points, atol=1e-12)
 
 
+@pytest.mark.parametrize("camera", [*rig(), orthographic("side", (1.0, 0.2, 0.3), (0, 0, 0))], ids=lambda camera: camera.name)
+def test_a_ray_holds_every_point_that_its_pixel_shows(camera):
+    rays = camera.rays(8, 4)
+    assert (rays.shape, rays.dtype) == ((6, 8, 4), np.float32)
+    np.testing.assert_allclose(np.linalg.norm(rays[:3], axis=0), 1, atol=1e-6)
+    size = np.array([camera.width_px / 4, camera.height_px / 8])
+    for depth in (0.3, 1.0, 2.5):
+        point = camera.unproject(size * (2.5, 6.5), depth)  # the middle of column 2, row 6
+        np.testing.assert_allclose(np.cross(point, rays[:3, 6, 2]), rays[3:, 6, 2], atol=1e-6)
+    np.testing.assert_allclose(camera.of_box((0, 0, *(size * (2, 4))), 32, 32).rays(4, 2), rays[:, :4, :2], atol=1e-6)
+    np.testing.assert_allclose(camera.resized(32, 64).rays(8, 4), rays, atol=1e-6)
+
+
 def test_behind_a_pinhole_camera_is_nan_and_not_inside(front):
     uv_px, depth_m = front.project(np.array([[0.1, -2.0, 0.0], [0, 0, 0], [np.nan, 1, 1]]))
     assert np.isnan(uv_px).all()

@@ -31,17 +31,28 @@ SWITCH = [
 ]
 SETTINGS = ["--preset", "--config", "--set"]
 INTERFACE = {
-    "params": ["--base", "--views", "--fusion", "--action-head", "--lora-rank", *SWITCH, "--json", "--markdown", "--compare"],
+    "params": [
+        "--base",
+        "--views",
+        "--fusion",
+        "--action-head",
+        "--view-code",
+        "--lora-rank",
+        *SWITCH,
+        "--json",
+        "--markdown",
+        "--compare",
+    ],
     "record": ["--output", "--task", "--episodes", "--size-px", "--layouts", "--seed"],
-    "cache": ["--output", *SETTINGS],
+    "cache": ["--output", *SETTINGS, "--workers"],
     "train": ["--output", *SETTINGS, *SWITCH, "--resume", "--accept-trainable-change", "--dry-run"],
     "sample": [
         *("run", "--output", "--dataset", "--window", "--image", "--cameras", "--prompt", "--point", "--gripper-open", "--fps"),
         *("--denoise-steps", "--seed"),
     ],
     "evaluate": [
-        *("run", "--dataset", "--windows", "--denoise-steps", "--seed", "--output", "--trials", "--task", "--layouts", "--execute"),
-        *("--processes", "--videos", "--final", "--dry-run"),
+        *("run", "--dataset", "--windows", "--denoise-steps", "--seed", "--output", "--cameras", "--trials", "--task", "--layouts"),
+        *("--execute", "--processes", "--videos", "--final", "--dry-run"),
     ],
     "demo": ["--output", "--task", "--episodes", "--steps", "--windows", "--trials", "--seed", "--fresh"],
     "reproduce": [
@@ -49,7 +60,8 @@ INTERFACE = {
         *("--control-steps", "--videos", "--seed", "--processes", "--baseline", "--baseline-steps", "--tuning", "--fresh", "--dry-run"),
     ],
     "data convert": ["source", "output", "--set"],
-    "data inspect": ["folder", "--sheet", "--preset", "--set", "--json"],
+    "data inspect": ["folder", "--sheet", "--preset", "--set", "--check", "--json"],
+    "data view": ["folder", "--rerun", "--episode", "--set"],
     "checkpoint inspect": ["path", "--json"],
     "checkpoint verify": ["path", "--against"],
     "checkpoint diff": ["a", "b", "--json"],

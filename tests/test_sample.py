@@ -30,7 +30,9 @@ class StraightPath(nn.Module):
         self.velocity = velocity
         self.asked: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
-    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, condition_frames: int) -> torch.Tensor:
+    def forward(
+        self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, condition_frames: int, rays: torch.Tensor | None
+    ) -> torch.Tensor:
         self.asked.append((latents.clone(), timestep.clone(), condition_frames))
         return self.velocity
 
@@ -160,6 +162,17 @@ def test_without_a_point_the_first_heatmap_is_blank(model: MultiViewWan, codec: 
     assert np.isnan(found.point_m[0]).all()
 
 
+def test_where_the_point_is_may_be_said_in_pictures(model: MultiViewWan, codec: LatentCodec, window) -> None:
+    given = {"steps": 1, "codec": codec, "config": SETTINGS}
+    said = np.where(window.visible[..., None], window.uv_px, np.nan)[:, 0].astype(np.float64)
+    in_space = predict(model, window.rgb[:, 0], "move the ball", window.cameras, point_m=window.point_m[0], **given)
+    in_pictures = predict(model, window.rgb[:, 0], "move the ball", window.cameras, point_px=said, **given)
+    np.testing.assert_allclose(in_pictures.heat[:, 0], in_space.heat[:, 0], atol=1e-5)
+    said[1] = np.nan
+    lost = predict(model, window.rgb[:, 0], "move the ball", window.cameras, point_px=said, **given)
+    assert not lost.heat[1, 0].any() and lost.heat[0, 0].max() > 0.5
+
+
 def test_pictures_that_do_not_fit_are_refused(model: MultiViewWan, codec: LatentCodec, window) -> None:
     given = {"codec": codec, "config": SETTINGS, "steps": 1}
     cases = [
@@ -171,6 +184,8 @@ def test_pictures_that_do_not_fit_are_refused(model: MultiViewWan, codec: Latent
         (window.rgb[:, 0], {"num_frames": 6}, "4\\*k\\+1"),
         (window.rgb[:, 0], {"num_frames": 1}, "more pictures than are given"),
         (window.rgb[:, 0], {"point_m": np.zeros(2)}, "one point in metres per given picture"),
+        (window.rgb[:, 0], {"point_px": np.zeros((2, 2))}, r"one place in px per view and given picture, \(3, 1, 2\)"),
+        (window.rgb[:, 0], {"point_px": np.zeros((3, 2)), "point_m": np.zeros(3)}, "give one of them"),
         (window.rgb[:, 0], {"steps": 0}, "at least one Euler step"),
         (window.rgb[:, 0], {"codec": None}, "a bare model needs codec"),
     ]

@@ -181,6 +181,11 @@ def test_model_paths(script: ModuleType) -> None:
     assert base_of("--model_paths", '["m/dit.safetensors"]') == "m/dit.safetensors"
 
 
+def test_several_folders_are_one_training_set(config_of: Callable[..., Config]) -> None:
+    assert config_of(roots=("--heatmap_data_root", "a", "b")).data.root == ("a", "b")
+    assert config_of(roots=("--heatmap_data_root", "a")).data.root == "a"
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

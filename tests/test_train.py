@@ -14,17 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-from mvwan import latent_cache
 from mvwan import train as trainer
 from mvwan.checkpoint import latest_checkpoint, list_checkpoints, load_trained, read_optimizer
 from mvwan.config import Config, config_from_dict, dump_yaml, merge
-from mvwan.data.dataset import WindowDataset, global_indices, read_episodes
+from mvwan.data.dataset import global_indices
 from mvwan.errors import MvwanError
 from mvwan.files import read_json, sha256_file
-from mvwan.model.latents import codec_digest
 from mvwan.precision import has_fast_bfloat16, settle
 from mvwan.train import train
 from mvwan.training_module import HeatmapWanTrainingModule
+from tests.latents import change_entry, keys_of, put_nan
 
 torch.set_num_threads(1)  # sizes are tiny: waking threads costs more than they do
 
@@ -152,7 +151,8 @@ def test_a_run_through_the_codec_and_the_tiny_wan(settings: dict[str, Any], tmp_
     config = config_of(settings, {"base": {"source": "tiny", "codec": None}, "data": data, "train": {"steps": 2}})
     result = train(config, tmp_path / "run")
     assert np.isfinite(losses(result.history)).all()
-    assert len(list((tmp_path / "run" / "latents").rglob("*.safetensors"))) == 3 * 2 * 2 + 2 + 1
+    assert len(list((tmp_path / "run" / "latents").rglob("*.safetensors"))) == 1 + 1 + 1, "a shard per split and a text"
+    assert len(list(keys_of(config, tmp_path / "run" / "latents", "train").all())) == 3 * 2 * 2
     assert load_trained(tmp_path / "run").manifest["base"]["id"] == "tiny"
 
 
@@ -318,13 +318,8 @@ def spoiled(settings: dict[str, Any], tmp_path: Path) -> tuple[dict[str, Any], s
     shutil.copytree(settings["data"]["cache"], tmp_path / "latents")
     values = merge(settings, {"data": {"cache": str(tmp_path / "latents")}})
     config = config_from_dict(values)
-    dataset = WindowDataset(read_episodes(config.data.root), config.data, 3, "train", config.seed)
-    keys = latent_cache._keys(tmp_path / "latents", dataset, codec_digest("tiny", config.data.text_tokens), config.data.heatmap_sigma_px)
-    item = int(global_indices(0, 0, 2, len(dataset))[1])
-    entry = latent_cache._read(keys.samples[item])
-    entry["rgb"][0, 0, 1, 0, 0] = float("nan")
-    latent_cache._write(keys.samples[item], entry)
-    return values, keys.sample_ids[item]
+    keys = keys_of(config, tmp_path / "latents", "train")
+    return values, change_entry(keys, int(global_indices(0, 0, 2, len(keys))[1]), put_nan)
 
 
 def test_a_loss_that_is_not_a_number_stops_before_the_update_and_names_the_sample(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from mvwan import latent_cache
 from mvwan.checkpoint import list_checkpoints, load_trained, read_optimizer
 from mvwan.config import Config, config_from_dict, dump_yaml, merge
-from mvwan.data.dataset import WindowDataset, global_indices, read_episodes
+from mvwan.data.dataset import global_indices
 from mvwan.errors import MvwanError
-from mvwan.model.latents import codec_digest
 from mvwan.train import train
+from tests.latents import change_entry, keys_of, put_nan
 
 torch.set_num_threads(1)  # sizes are tiny: waking threads costs more than they do
 
@@ -60,13 +59,8 @@ def launch(folder: Path, flags: list[str], script: str, *arguments: str) -> subp
 
 def spoil(config: Config, folder: Path) -> str:
     """The name of the window that the second process takes first, of which the copied cache now holds a NaN."""
-    dataset = WindowDataset(read_episodes(config.data.root), config.data, 3, "train", config.seed)
-    keys = latent_cache._keys(folder, dataset, codec_digest("tiny", config.data.text_tokens), config.data.heatmap_sigma_px)
-    item = int(global_indices(config.seed, 0, 2, len(dataset))[1])
-    entry = latent_cache._read(keys.samples[item])
-    entry["rgb"][0, 0, 1, 0, 0] = float("nan")
-    latent_cache._write(keys.samples[item], entry)
-    return keys.sample_ids[item]
+    keys = keys_of(config, folder, "train")
+    return change_entry(keys, int(global_indices(config.seed, 0, 2, len(keys))[1]), put_nan)
 
 
 def losses(history: list[dict[str, Any]]) -> list[float]:

@@ -18,14 +18,13 @@ from typing import Any
 import pytest
 import torch
 
+from mvwan import latent_shards
 from mvwan.checkpoint import TRAINED, list_checkpoints, load_trained, read_optimizer
 from mvwan.config import Config, config_from_dict, dump_yaml, merge
-from mvwan.data.dataset import WindowDataset, read_episodes
 from mvwan.errors import MvwanError, PreemptedError
 from mvwan.files import read_json_lines, sha256_file
-from mvwan.latent_cache import _keys, _read, _write
-from mvwan.model.latents import codec_digest
 from mvwan.train import train
+from tests.latents import change_entry, keys_of, put_nan
 
 torch.set_num_threads(1)  # sizes are tiny: waking threads costs more than they do
 
@@ -205,12 +204,16 @@ def test_a_cache_that_vanishes_while_training_is_an_error(own_cache: dict[str, A
     read_optimizer(saved)
 
 
-def test_a_dataset_that_vanishes_is_an_error_and_half_a_cache_is_of_use(golden_run: dict[str, Any], tmp_path: Path) -> None:
+def test_a_dataset_that_vanishes_is_an_error_and_half_a_cache_is_of_use(
+    golden_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(golden_run["data"]["root"], tmp_path / "data")
     more = {"base": {"source": "tiny", "codec": None}, "data": {"root": str(tmp_path / "data"), "cache": str(tmp_path / "cache")}}
     more["train"] = {"steps": 2, "evaluate_every": 0}
     config = config_of(golden_run, more)
     gone = threading.Event()
+
+    monkeypatch.setattr(latent_shards, "SHARD_ENTRIES", 1)  # none waits for others
 
     def remove_videos() -> None:
         while not gone.is_set() and len(list((tmp_path / "cache").rglob("*.safetensors"))) < 2:
@@ -255,12 +258,9 @@ def test_a_dataset_that_vanishes_is_an_error_and_half_a_cache_is_of_use(golden_r
 
 def test_a_held_out_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(own_cache: dict[str, Any], tmp_path: Path) -> None:
     config = config_of(own_cache)
-    dataset = WindowDataset(read_episodes(config.data.root), config.data, 3, "validation", config.seed)
-    keys = _keys(tmp_path / "latents", dataset, codec_digest("tiny", config.data.text_tokens), config.data.heatmap_sigma_px)
-    for path in keys.samples:
-        entry = _read(path)
-        entry["rgb"][0, 0, 1, 0, 0] = float("nan")
-        _write(path, entry)
+    keys = keys_of(config, tmp_path / "latents", "validation")
+    for item in range(len(keys)):
+        change_entry(keys, item, put_nan)
     with pytest.raises(MvwanError, match=r"step 0: the held-out loss is NaN or infinite at sigma 0\.00-0\.25, .*train\.learning_rate"):
         train(config, tmp_path / "run")
     assert list_checkpoints(tmp_path / "run") == []

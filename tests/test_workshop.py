@@ -25,6 +25,7 @@ BIN = Path(sys.executable).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 GUIDES = [ROOT / "docs" / "unfreeze.md", ROOT / "docs" / "unfreeze.zh-CN.md"]
 PAGES = [ROOT / "README.md", *GUIDES]
+OTHER_PAGES = [ROOT / "CONTRIBUTING.md", *sorted(set((ROOT / "docs").glob("*.md")) - set(GUIDES))]
 SHELL_FILES = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
 
 OUTPUT = re.compile(r"```bash\n([^\n]+)\n```\n<!-- prints -->\n(?:```text\n(.*?)\n```|((?:\|[^\n]*\n)+))", re.DOTALL)
@@ -73,7 +74,8 @@ def test_what_is_imported_is_declared_and_the_reverse() -> None:
                 imported |= {module.split(".")[0] for module in modules}
     outside = imported - sys.stdlib_module_names - {"mvwan", "tests"} - {path.stem for path in (ROOT / "scripts").glob("*.py")}
     needed = {canonicalize_name(distributions[module][0]) for module in outside}
-    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["sim"]}
+    extras = PROJECT["optional-dependencies"]
+    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"] + extras["sim"] + extras["view"]}
     assert needed <= declared, "imported, not declared"
     assert declared <= needed | UNIMPORTED, "declared, not imported"
 
@@ -172,7 +174,7 @@ def test_both_guides_say_the_same() -> None:
     assert code[0] == code[1], "commands"
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: page.name)
 def test_commands_on_pages_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL) + re.findall(r"`([^`\n]+)`", text))

@@ -11,7 +11,8 @@ import numpy as np
 from mvwan import metrics
 from mvwan.batch import Sample
 from mvwan.cameras import Camera
-from mvwan.data.dataset import Window, WindowDataset
+from mvwan.data.dataset import WindowDataset
+from mvwan.data.windows import Window
 
 _THUMBNAIL_PX = 16
 
@@ -73,8 +74,10 @@ class NearestDemonstration:
             return None
         by_picture = np.sqrt(np.square(thumbnails - _thumbnail(sample.rgb[:, last])).mean(axis=1))
         by_point = np.linalg.norm(points_m - sample.point_m[last], axis=1)
-        found = int(np.argmin(_by_mean(by_picture) + _by_mean(by_point)))
-        nearest = self._training.sample(places[found])
+        alike = np.argsort(_by_mean(by_picture) + _by_mean(by_point), kind="stable").tolist()
+        nearest = next(filter(None, (self._training.readable_sample(places[found]) for found in alike)), None)
+        if nearest is None:
+            return None
         shift_m = sample.point_m[last] - nearest.point_m[last]
         point_m = nearest.point_m + (shift_m if np.isfinite(shift_m).all() else 0)
         rgb = nearest.rgb.copy()
@@ -86,7 +89,9 @@ class NearestDemonstration:
         if instruction not in self._begins:
             windows, last = self._training.windows, self._last_given
             places = [place for place, window in enumerate(windows) if window.episode.instruction == instruction]
-            thumbnails = [_thumbnail(pictures) for pictures in self._training.pictures_at(places, last)]
+            read = dict(zip(places, self._training.pictures_at(places, last), strict=True))
+            thumbnails = [_thumbnail(pictures) for pictures in read.values() if pictures is not None]
+            places = [place for place, pictures in read.items() if pictures is not None]
             points = [windows[place].episode.point_m[windows[place].frames[last]] for place in places]
             self._begins[instruction] = places, np.array(thumbnails), np.array(points)
         return self._begins[instruction]

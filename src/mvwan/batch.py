@@ -140,6 +140,8 @@ class Batch:
     """[B F] float32, 0 closed .. 1 open; NaN where not recorded."""
     rotation_deg: torch.Tensor
     """[B F 3] float32, the turn of the hand since frame 0 as in `actions`; NaN where not recorded."""
+    rays: torch.Tensor | None = None
+    """[B V 6 h w] float32, `Camera.rays` of the latents' cells; None where no model wants to know."""
 
     @property
     def latents(self) -> torch.Tensor:
@@ -150,7 +152,7 @@ class Batch:
         """The same batch on another device."""
         names = ("rgb", "heat", "text", "heat_valid", "gripper_open", "rotation_deg")
         moved = {name: getattr(self, name).to(device) for name in names}
-        return Batch(sample_ids=self.sample_ids, **moved)
+        return Batch(sample_ids=self.sample_ids, **moved, rays=None if self.rays is None else self.rays.to(device))
 
     def check(self) -> "Batch":
         """Itself, or `MvwanError` that names the field at fault."""
@@ -166,7 +168,15 @@ class Batch:
         for name, shape in (("gripper_open", (batch, num_frames_of(frames))), ("rotation_deg", (batch, num_frames_of(frames), 3))):
             given = tuple(getattr(self, name).shape)
             _require(given == shape, f"batch: {name} is {given}, needs {shape}")
+        if self.rays is not None:
+            given, shape = tuple(self.rays.shape), (batch, views, 6, *self.rgb.shape[4:])
+            _require(given == shape, f"batch: rays is {given}, needs {shape}")
         return self
+
+
+def camera_rays(cameras: Sequence[Camera], rows: int, columns: int) -> torch.Tensor:
+    """[V 6 rows columns] float32: `Camera.rays` of each view."""
+    return torch.tensor(np.stack([camera.rays(rows, columns) for camera in cameras]))
 
 
 @dataclass(frozen=True, kw_only=True)

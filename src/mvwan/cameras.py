@@ -75,6 +75,17 @@ class Camera:
         """[... 2] uv_px without the intrinsics: slopes x/z, y/z of a pinhole camera, metres x, y of an orthographic one."""
         return (np.asarray(uv_px, np.float64) - self.intrinsics[:2, 2]) @ np.linalg.inv(self.intrinsics[:2, :2]).T
 
+    def rays(self, rows: int, columns: int) -> np.ndarray:
+        """[6 rows columns] float32: the rays through the middles of a grid over the picture, Plücker coordinates in the world.
+
+        The first three are the direction, of length 1; the others the moment, point of the ray x direction, in metres: the same
+        whichever point is taken. Source: Plücker, as cameras are told to networks in Sitzmann et al., arXiv 2106.02634, eq. 2.
+        """
+        down, across = np.meshgrid((np.arange(rows) + 0.5) / rows, (np.arange(columns) + 0.5) / columns, indexing="ij")
+        near, far = (self.unproject(np.stack([across * self.width_px, down * self.height_px], axis=-1), depth) for depth in (1.0, 2.0))
+        direction = (far - near) / np.linalg.norm(far - near, axis=-1, keepdims=True)
+        return np.concatenate([direction, np.cross(near, direction)], axis=-1).transpose(2, 0, 1).astype(np.float32)
+
     def inside(self, uv_px: np.ndarray, depth_m: np.ndarray) -> np.ndarray:
         """[...] bool: within the picture and, for a pinhole camera, in front of it. NaN is outside."""
         uv = np.asarray(uv_px, np.float64)

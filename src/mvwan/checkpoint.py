@@ -265,6 +265,7 @@ def _unusable(manifest: Mapping[str, Any]) -> list[str]:
         "views": manifest["views"] >= 1,
         "fusion": manifest["fusion"] in ("channel", "view"),
         "action_head": manifest.get("action_head", "none") in tuple(ACTION_HEADS),
+        "view_code": manifest.get("view_code", "slot") in ("slot", "camera", "both"),
         "step": 0 <= manifest["step"] < _STEPS_END,
         "base": {"id", "digest"} <= manifest["base"].keys() and all(isinstance(manifest["base"][key], str) for key in ("id", "digest")),
         "lora.rank": isinstance(rank, int) and 1 <= rank < _STEPS_END,

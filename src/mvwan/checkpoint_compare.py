@@ -135,7 +135,7 @@ def distances(path: str | Path, base: str | Path) -> tuple[GroupDistance, ...]:
         dtype, random_weights, seed = getattr(torch, config.base.dtype), config.base.random_weights, config.seed
         check_identity(manifest, found, base=base_digest(base, random_weights, seed))
     stock = load_transformer(base, dtype, random_weights=random_weights, seed=seed)
-    model, _ = adapt(stock, manifest["views"] or 3, manifest["fusion"], action_head, seed)
+    model, _ = adapt(stock, manifest["views"] or 3, manifest["fusion"], action_head, seed, manifest.get("view_code", "slot"))
     initial = {name: parameter.detach() for name, parameter in parameters_by_name(model).items()}
     _check_shapes(found, tensors.shapes, initial)
     rank, alpha = manifest["lora"]["rank"], manifest["lora"]["alpha"]
@@ -291,7 +291,8 @@ def _said(manifest: Mapping[str, Any]) -> dict[str, Any]:
     names = {"views": "views", "fusion": "fusion", "switch": "unfreeze_modulation_and_norms", "step": "step"}
     base, lora = manifest["base"], manifest["lora"]
     said = {"base": base.get("id"), "base digest": base.get("digest"), "LoRA rank": lora.get("rank"), "LoRA alpha": lora.get("alpha")}
-    return said | {"action head": manifest.get("action_head", "none")} | {name: manifest[key] for name, key in names.items()}
+    said |= {"action head": manifest.get("action_head", "none"), "view code": manifest.get("view_code", "slot")}
+    return said | {name: manifest[key] for name, key in names.items()}
 
 
 def _shared_groups(a: Mapping[str, Any], b: Mapping[str, Any], left: Mapping[str, str], right: Mapping[str, str]) -> dict[str, list[str]]:

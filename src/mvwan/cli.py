@@ -84,6 +84,14 @@ class Fusion(StrEnum):
     view = "view"
 
 
+class ViewCode(StrEnum):
+    """How view attention tells views apart."""
+
+    slot = "slot"
+    camera = "camera"
+    both = "both"
+
+
 class ActionHead(StrEnum):
     """What is predicted per frame beside the pictures."""
 
@@ -164,6 +172,9 @@ def params(
     action_head: Annotated[
         ActionHead, typer.Option("--action-head", help="The gripper's opening per frame, or that and how the hand turned.")
     ] = ActionHead.none,
+    view_code: Annotated[
+        ViewCode, typer.Option("--view-code", help="Views are told apart by their order, by their cameras, or by both.")
+    ] = ViewCode.slot,
     lora_rank: Annotated[int, typer.Option("--lora-rank", min=1, help="Width of the low-rank adapters.")] = 32,
     unfreeze_modulation_and_norms: Switch = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else there.")] = False,
@@ -184,7 +195,8 @@ def params(
     trainable = TrainableConfig(lora=LoraConfig(rank=lora_rank))
 
     def table(switch: bool) -> Any:
-        return surgery.trainable_table(base, views, fusion.value, switch, trainable=trainable, action_head=action_head.value)
+        parts: dict[str, Any] = {"action_head": action_head.value, "view_code": view_code.value}
+        return surgery.trainable_table(base, views, fusion.value, switch, trainable=trainable, **parts)
 
     shown = side_by_side(table(False), table(True)) if compare else table(bool(unfreeze_modulation_and_norms or variable))
     if as_json:
@@ -226,6 +238,7 @@ def cache(
     preset_name: Preset = "tiny",
     config_file: ConfigFile = None,
     settings: Settings = None,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that decode pictures beside the one that encodes.")] = 0,
 ) -> None:
     """Encode every window of a dataset once; `train --set data.cache=…` then never needs the VAE or the text encoder."""
     config, _ = resolve_config(preset_name, config_file, settings, None, {})
@@ -235,8 +248,9 @@ def cache(
 
     codec = LatentCodec.load(config.base.codec or config.base.source, config.data.text_tokens)
     for split, dataset in datasets.items():
-        built = build_cache(dataset, codec, output, config.data.heatmap_sigma_px)
-        typer.echo(f"{split}: {len(built)} entries in {output}, {built.encoded} of them encoded now")
+        built = build_cache(dataset, codec, output, config.data.heatmap_sigma_px, workers=workers)
+        left_out = f"; {len(built.skipped)} windows are damaged and left out, {built.skipped[0].reason}" if built.skipped else ""
+        typer.echo(f"{split}: {len(built)} entries in {output}, {built.encoded} of them encoded now{left_out}")
 
 
 @app.command(epilog="Example: mvwan train --preset tiny --set data.root=data/drawer --set train.steps=100 --output runs/first")
@@ -285,10 +299,12 @@ def _dry_run(config: Config, accept_trainable_change: bool) -> None:
         trainable=config.trainable,
         train=config.train,
         action_head=config.model.action_head,
+        view_code=config.model.view_code,
     )
     datasets = _datasets(config) if config.data.root else {}
     if datasets:
         datasets["train"].check_actions(config.model.action_head)
+        datasets["train"].check_calibrated(config.model.view_code)
     console().print(table.render())
     if config.train.from_checkpoint is not None:
         from mvwan.training_module import HeatmapWanTrainingModule
@@ -305,7 +321,9 @@ def _datasets(config: Config) -> dict[str, Any]:
     """The windows of both splits by name of the split."""
     from mvwan.data.dataset import WindowDataset, read_episodes
 
-    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail)
+    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail, config.data.on_corrupt)
+    if episodes.left_out:
+        _note(f"{len(episodes.left_out)} episodes are damaged and left out; the first: {episodes.left_out[0].reason}")
     return {split: WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation")}
 
 
@@ -380,6 +398,12 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", help="JSON file; not given: evaluation.json in the run.", show_default=False)
     ] = None,
+    cameras: Annotated[
+        str | None,
+        typer.Option(
+            "--cameras", help="Views to look through instead, e.g. left,top; written to evaluation_left_top.json.", show_default=False
+        ),
+    ] = None,
     trials: Annotated[int, typer.Option("--trials", min=0, help="Closed-loop trials per task and policy; 0: none.")] = 0,
     task: Annotated[
         list[str] | None,
@@ -402,6 +426,8 @@ def evaluate(
         raise MvwanError("--windows 0 without --trials: nothing is left to measure")
     if trials and dataset is not None:
         raise MvwanError("--dataset gives held-out windows alone; trials need the demonstrations of the run's training. Run them apart.")
+    if trials and cameras is not None:
+        raise MvwanError("--cameras is for held-out windows; trials look through the cameras of the run's training. Run them apart.")
     if dry_run and not trials:
         raise MvwanError("--dry-run counts trials; give --trials")
     if trials:
@@ -421,7 +447,14 @@ def evaluate(
         from mvwan.evaluation_table import render
 
         result = evaluate_prediction(
-            run, dataset=dataset, windows=windows, denoise_steps=denoise_steps, seed=seed, output=output, progress=True
+            run,
+            dataset=dataset,
+            cameras=None if cameras is None else tuple(name.strip() for name in cameras.split(",")),
+            windows=windows,
+            denoise_steps=denoise_steps,
+            seed=seed,
+            output=output,
+            progress=True,
         )
         console().print(render(result))
     if trials:

@@ -237,7 +237,13 @@ def _digest(
 
 def _demonstrations(config: Config) -> Demonstrations:
     data = config.data
-    return Demonstrations(root=data.root, cameras=data.cameras, seed=config.seed, validation_share=data.validation_share)
+    return Demonstrations(
+        root=data.root,
+        cameras=data.cameras,
+        seed=config.seed,
+        validation_share=data.validation_share,
+        on_corrupt=data.on_corrupt,
+    )
 
 
 def _run_all(missing: Sequence[Trial], path: Path, processes: int, progress: bool) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 Of a checkpoint with a model, by what the model's table trains:
     exact     the same tensors
-    older     lacks whole groups of the switch: they keep the base's values. Fine for inference; going on training is refused unless
-              the user accepts the change by name
+    older     lacks whole groups of the switch, or the camera code: they keep the base's values. Fine for inference; going on training
+              is refused unless the user accepts the change by name
     newer     has tensors that are frozen here: their values are loaded and stay frozen, never dropped
     conflict  anything else missing, unknown or of another shape: an error that lists the keys by group
 Knows no file: it gets tensors, shapes and manifests.
@@ -21,7 +21,7 @@ from torch import nn
 
 from mvwan.errors import MvwanError, some
 from mvwan.files import flatten
-from mvwan.model.trainable import SWITCH_GROUPS, parameters_by_name
+from mvwan.model.trainable import CAMERA_GROUP, SWITCH_GROUPS, parameters_by_name
 from mvwan.model.trainable_table import TrainableTable
 from mvwan.tensors import TensorFile, dtype_name
 
@@ -30,7 +30,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         *(f"train.{name}" for name in ("steps", "save_every", "keep_last", "keep_best", "async_save", "log_every", "movement_step")),
         *(f"train.{name}" for name in ("evaluate_every", "evaluate_windows", "tracker", "num_workers")),
         *("train.batch_size", "train.gradient_accumulation"),
-        *("data.root", "data.cache", "base.source", "base.codec", "model.gradient_checkpointing"),
+        *("data.root", "data.cache", "data.on_corrupt", "base.source", "base.codec", "model.gradient_checkpointing"),
     }
 )
 """Settings that a resumed run may change: none alters what a step computes. Data and base are compared by content, and the windows of
@@ -98,8 +98,9 @@ def compatibility(shapes: Mapping[str, Sequence[int]], model: nn.Module, table: 
     )
     assert trainable | {name for names in extra.values() for name in names} >= shapes.keys() & own.keys()
     sizes = {row.name: row.tensors for row in table.rows}
-    lacks_whole_switch_groups = all(group in SWITCH_GROUPS and len(names) == sizes[group] for group, names in missing.items())
-    if unknown or reshaped or not lacks_whole_switch_groups:
+    may_lack = (*SWITCH_GROUPS, CAMERA_GROUP)  # what the base has, or what starts at zero
+    lacks_whole_groups = all(group in may_lack and len(names) == sizes[group] for group, names in missing.items())
+    if unknown or reshaped or not lacks_whole_groups:
         outcome: Outcome = "conflict"
     else:
         outcome = "older" if missing else "newer" if extra else "exact"
@@ -165,19 +166,23 @@ def _ranges(numbers: Sequence[int]) -> str:
 def check_identity(saved: Mapping[str, Any], path: str | Path, **now: Any) -> None:
     """Nothing, or `MvwanError` that names both values when the checkpoint was trained on something else.
 
-    `now` holds what the model is: `base` (digest), `views`, `fusion`, `action_head`, `rank`, `alpha`. What an older file does not know
-    is not compared. A manifest that says nothing of an action head is from before there was one.
+    `now` holds what the model is: `base` (digest), `views`, `fusion`, `action_head`, `view_code`, `rank`, `alpha`. What an older file
+    does not know is not compared. A manifest that says nothing of an action head or a view code is from before there was one.
     """
     lora = saved["lora"]
     known = {"base": saved["base"].get("digest"), "views": saved["views"], "fusion": saved["fusion"], "rank": lora.get("rank")}
-    known |= {"alpha": lora.get("alpha"), "action_head": saved.get("action_head", "none")}
+    known |= {"alpha": lora.get("alpha"), "action_head": saved.get("action_head", "none"), "view_code": saved.get("view_code", "slot")}
     for name, value in now.items():
         if known[name] is not None and known[name] != value:
-            raise MvwanError(f"checkpoint {path} was trained with {_IDENTITY_WORDS[name]} {known[name]}, here it is {value}. Set it back.")
+            insist = " or, to go on training from it, insist with --accept-trainable-change"
+            raise MvwanError(
+                f"checkpoint {path} was trained with {_IDENTITY_WORDS[name]} {known[name]}, here it is {value}. Set it back"
+                f"{insist if name == 'view_code' and known[name] == 'slot' else ''}."
+            )
 
 
 _IDENTITY_WORDS = {"base": "a base of digest", "views": "model.views", "fusion": "model.fusion", "action_head": "model.action_head"}
-_IDENTITY_WORDS |= {"rank": "trainable.lora.rank", "alpha": "trainable.lora.alpha"}
+_IDENTITY_WORDS |= {"view_code": "model.view_code", "rank": "trainable.lora.rank", "alpha": "trainable.lora.alpha"}
 
 
 _SWITCH = "unfreeze_modulation_and_norms"
@@ -213,3 +218,13 @@ def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any], path: str | P
         )
     if saved["step"] > after["train.steps"]:
         raise MvwanError(f"{path} is at step {saved['step']}, train.steps={after['train.steps']} ends before. Raise train.steps.")
+
+
+def check_skipped(saved: Mapping[str, Any], now: Mapping[str, Any], path: str | Path) -> None:
+    """Nothing, or `MvwanError` when other windows are left out as damaged than in the run of manifest `saved`: others would come next."""
+    before, after = (set(manifest["data"].get("skipped", ())) for manifest in (saved, now))
+    if before != after:
+        raise MvwanError(
+            f"{path} was trained without {len(before)} damaged windows, now it is {len(after)}; {some(sorted(before ^ after))} differ. "
+            "Set data.on_corrupt and data.cache as they were, or start a new run in another folder with train.from_checkpoint."
+        )

@@ -60,6 +60,9 @@ class ModelConfig:
     """RGB and heatmap share tokens (`channel`), or are streams of their own in view attention (`view`)."""
     action_head: Literal["none", "gripper", "gripper_rotation"] = "none"
     """Small head on the network's last features: the gripper's opening per frame, or that and how the hand turned since frame 0."""
+    view_code: Literal["slot", "camera", "both"] = "slot"
+    """How view attention tells views apart: by their place in the order, by where each token's ray lies in space, or by both. With
+    `camera` a trained model takes other cameras, other numbers of them and any order."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
 
@@ -172,8 +175,8 @@ class TrailConfig:
 class DataConfig:
     """Demonstrations, windows, heatmaps and the latent cache."""
 
-    root: str = ""
-    """Folder of the dataset."""
+    root: str | tuple[str, ...] = ""
+    """Folder of the dataset; or a list of folders with the same views, whose episodes then bear the folder's name too."""
     cameras: tuple[str, ...] | None = None
     """Names of the cameras to use, in order; None: all of the dataset, in its order."""
     num_frames: int = 25
@@ -195,6 +198,8 @@ class DataConfig:
     """Share of the episodes that is held out (at least one, when there are two or more)."""
     text_tokens: int = 512
     """Length that prompts are padded to."""
+    on_corrupt: Literal["stop", "skip"] = "stop"
+    """A damaged episode or picture stops the run, or the episode or window is left out of it and named in its `skipped.json`."""
     cache: str | None = None
     """Folder of the latent cache; None: `latents` in the run's output folder."""
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)

@@ -1,19 +1,23 @@
-"""What a dataset holds before anybody trains on it: format, episodes, cameras, labels, what is missing, how many windows.
+"""What a dataset holds before anybody trains on it: format, episodes, cameras, labels, what is missing or damaged, how many windows.
 
-Reads numbers, and pictures only for the sheet. Knows no model.
+Reads numbers, and pictures only for the sheet and for `check_pictures`. Knows no model.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from rich.table import Table
+from tqdm import tqdm
 
 from mvwan.batch import Episode
 from mvwan.config import Config
-from mvwan.data.dataset import WindowDataset, format_of, read_episodes
+from mvwan.data.dataset import WindowDataset, format_of, read_episodes, roots_of
+from mvwan.data.left_out import LeftOut
+from mvwan.data.windows import READ_TOGETHER
+from mvwan.errors import MvwanError
 from mvwan.train_data import sheet
 
 _SHOWN = 4
@@ -52,6 +56,8 @@ class DatasetReport:
     """`train` and `validation` -> windows under the settings."""
     too_short: tuple[str, ...]
     """Episodes that are shorter than a window."""
+    damaged: tuple[LeftOut, ...]
+    """Episodes that cannot be read; the numbers above are without them."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and numbers."""
@@ -71,6 +77,8 @@ class DatasetReport:
             found.append("no orientation of the hand: model.action_head=gripper_rotation has nothing to learn from")
         if self.too_short:
             found.append(f"{len(self.too_short)} episodes are shorter than a window and left out, {self.too_short[0]} among them")
+        if self.damaged:
+            found.append(f"{len(self.damaged)} episodes are damaged; training stops at them, or goes without with data.on_corrupt=skip")
         return tuple(found)
 
     def render(self) -> Table:
@@ -90,21 +98,23 @@ class DatasetReport:
         more = [f"      and {len(self.instructions) - 10} more instructions"] if len(self.instructions) > 10 else []
         lines = [f"frames per second: {rates}", f"windows: {windows}", "episodes by instruction:", *said, *more]
         lines.append(f"gripper known in {self.gripper_share:.0%} of the frames, turns of the hand in {self.rotation_share:.0%}")
-        return lines + [f"missing: {sentence}" for sentence in self.missing]
+        lines += [f"missing: {sentence}" for sentence in self.missing]
+        return lines + [f"damaged: {episode.name}: {episode.reason}" for episode in self.damaged]
 
 
 def inspect(config: Config) -> tuple[DatasetReport, list[WindowDataset]]:
     """(report, windows of both splits; an empty split is left out) of `config.data`.
 
-    Raises `MvwanError` when the dataset cannot be read or the settings do not fit it.
+    Damaged episodes are told and left out. Raises `MvwanError` when the dataset cannot be read or the settings do not fit it.
     """
     data = config.data
-    kind, episodes = format_of(data.root), read_episodes(data.root, data.cameras, data.trail)
+    kind = ", ".join(dict.fromkeys(map(format_of, roots_of(data.root))))
+    episodes = read_episodes(data.root, data.cameras, data.trail, on_corrupt="skip")
     cameras = episodes[0].cameras
     splits = {split: WindowDataset(episodes, data, len(cameras), split, config.seed) for split in ("train", "validation")}
     turns = [episode.extra.get("hand_quaternion_wxyz", np.full((episode.num_frames, 4), np.nan)) for episode in episodes]
     report = DatasetReport(
-        root=str(data.root),
+        root=" and ".join(roots_of(data.root)),
         format=kind,
         episodes=len(episodes),
         frames=sum(episode.num_frames for episode in episodes),
@@ -116,8 +126,43 @@ def inspect(config: Config) -> tuple[DatasetReport, list[WindowDataset]]:
         rotation_share=_share(np.isfinite(turn).all(axis=1) for turn in turns),
         windows={split: len(windows) for split, windows in splits.items()},
         too_short=tuple(name for windows in splits.values() for name in windows.skipped),
+        damaged=episodes.left_out,
     )
     return report, [windows for windows in splits.values() if len(windows)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DamagedFrame:
+    """A picture that cannot be decoded, in one view or more."""
+
+    episode: str
+    frame: int
+    reason: str
+
+
+def check_pictures(config: Config, progress: bool = True) -> list[DamagedFrame]:
+    """The frames that cannot be decoded, after decoding every picture of every episode of `config.data` that can be read."""
+    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail, on_corrupt="skip")
+    found: list[DamagedFrame] = []
+    with tqdm(total=sum(episode.num_frames for episode in episodes), desc="decode", unit="frame", disable=not progress) as bar:
+        for episode in episodes:
+            for start in range(0, episode.num_frames, READ_TOGETHER):
+                frames = range(start, min(start + READ_TOGETHER, episode.num_frames))
+                found += _damaged_of(episode, frames)
+                bar.update(len(frames))
+    return found
+
+
+def _damaged_of(episode: Episode, frames: Sequence[int]) -> Iterator[DamagedFrame]:
+    """Those of `frames` that cannot be decoded: read together, and one by one when that fails."""
+    try:
+        episode.read_rgb(frames)
+    except MvwanError as error:
+        if len(frames) == 1:
+            yield DamagedFrame(episode=episode.name, frame=frames[0], reason=str(error))
+        else:
+            for frame in frames:
+                yield from _damaged_of(episode, [frame])
 
 
 def _share(flags: Any) -> float:

@@ -141,14 +141,21 @@ def _print_tables(configs: Mapping[str, Config], console: Console) -> None:
         switch = config.unfreeze_modulation_and_norms
         model, trainable = config.model, config.trainable
         tables[label] = trainable_table(
-            config.base.source, model.views, model.fusion, switch, trainable=trainable, train=config.train, action_head=model.action_head
+            config.base.source,
+            model.views,
+            model.fusion,
+            switch,
+            trainable=trainable,
+            train=config.train,
+            action_head=model.action_head,
+            view_code=model.view_code,
         )
         console.print(tables[label].render(f"Switch {label}"))
     console.print(compare(tables["off"], tables["on"]).render("Off and on, side by side"))
 
 
 def _encode(config: Config, latents: Path) -> None:
-    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail)
+    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail, config.data.on_corrupt)
     codec = LatentCodec.load(config.base.codec or config.base.source, config.data.text_tokens)
     for split in ("train", "validation"):
         build_cache(

@@ -18,7 +18,7 @@ from rich.progress import track
 from mvwan import baselines, heatmaps, metrics
 from mvwan.baselines import Answer, NearestDemonstration
 from mvwan.batch import Prediction, Sample
-from mvwan.data.dataset import Window, WindowDataset, heat_video, read_episodes
+from mvwan.data.dataset import Window, WindowDataset, heat_video, read_episodes, roots_of
 from mvwan.errors import MvwanError
 from mvwan.evaluation_table import FORMAT_VERSION, PCK_PX, SOURCES
 from mvwan.files import sha256_json, whole_file, write_json
@@ -34,6 +34,23 @@ Tallies = dict[str, dict[str, tuple[Tally, ...]]]
 """Source -> measure -> one tally per view, or a single one for what all views give together."""
 
 
+def seen_by(run: LoadedRun, cameras: Sequence[str] | None) -> LoadedRun:
+    """The run as it stands before `cameras` of its data in place of those of training; None: itself.
+
+    Raises `MvwanError` for another number of them, unless its model tells views apart by camera alone.
+    """
+    if cameras is None:
+        return run
+    model, data = run.config.model, run.config.data
+    if len(cameras) != model.views and model.view_code != "camera":
+        raise MvwanError(
+            f"--cameras {','.join(cameras)}: {len(cameras)} views; the run was trained on {model.views} with model.view_code="
+            f"{model.view_code}. Give as many; only model.view_code=camera takes others."
+        )
+    config = replace(run.config, data=replace(data, cameras=tuple(cameras)), model=replace(model, views=len(cameras)))
+    return replace(run, config=config)
+
+
 def held_out_windows(run: LoadedRun, dataset: str | Path | None = None) -> WindowDataset:
     """The windows that the run never trained on, of its own data set or of the whole of another one at `dataset`.
 
@@ -41,13 +58,13 @@ def held_out_windows(run: LoadedRun, dataset: str | Path | None = None) -> Windo
     """
     data = run.config.data
     episodes = read_episodes(data.root if dataset is None else dataset, data.cameras, data.trail)
-    is_own = dataset is None or Path(dataset).resolve() == Path(data.root).resolve()
+    is_own = dataset is None or [Path(dataset).resolve()] == [Path(root).resolve() for root in roots_of(data.root)]
     if not is_own:
         data = replace(data, validation_share=1.0)
     windows = WindowDataset(episodes, data, run.config.model.views, "validation", run.config.seed)
     if not len(windows):
         raise MvwanError(
-            f"{data.root if dataset is None else dataset}: no held-out windows. Set data.validation_share above 0, or give --dataset."
+            f"{' and '.join(roots_of(dataset or data.root))}: no held-out windows. Set data.validation_share above 0, or give --dataset."
         )
     return windows
 
@@ -62,7 +79,7 @@ def predict_sample(run: LoadedRun, sample: Sample, denoise_steps: int = 5, seed:
         sample.cameras,
         steps=denoise_steps,
         seed=seed,
-        point_m=sample.point_m[:given],
+        point_px=np.where(sample.visible[..., None], sample.uv_px, np.nan)[:, :given],
         gripper_open=sample.gripper_open[:given],
         num_frames=sample.rgb.shape[1],
     )
@@ -72,6 +89,7 @@ def evaluate_prediction(
     run: str | Path | LoadedRun,
     *,
     dataset: str | Path | None = None,
+    cameras: Sequence[str] | None = None,
     windows: int = 16,
     denoise_steps: int = 5,
     seed: int = 0,
@@ -80,18 +98,19 @@ def evaluate_prediction(
     codec_from: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Measures as plain dicts, also written to `output` (None: `evaluation.json` in the run's folder).
+    """Measures as plain dicts, also written to `output` (None: `evaluation.json` in the run's folder, with the names of `cameras` in it).
 
-    At most `windows` held-out windows, spread evenly. `keep` of them, spread evenly too, are stored as `predictions/NN.npz`
-    beside the JSON, for pictures. `codec_from` is an earlier result: its codec column is taken over when codec and windows are
-    the same. `progress` shows a bar on stderr.
+    `cameras` names those to look through, as in `seen_by`. At most `windows` held-out windows, spread evenly. `keep` of them, spread
+    evenly too, are stored as `predictions/NN.npz` beside the JSON, for pictures. `codec_from` is an earlier result: its codec
+    column is taken over when codec and windows are the same. `progress` shows a bar on stderr.
     """
     started = time.monotonic()
-    loaded = run if isinstance(run, LoadedRun) else load_run(run)
+    loaded = seen_by(run if isinstance(run, LoadedRun) else load_run(run), cameras)
     held_out = held_out_windows(loaded, dataset)
     chosen = spread(len(held_out), windows)
     kept = {chosen[place] for place in spread(len(chosen), keep)}
-    target = Path(output) if output is not None else loaded.checkpoint.parents[1] / "evaluation.json"
+    name = "_".join(["evaluation", *(cameras or ())]) + ".json"
+    target = Path(output) if output is not None else loaded.checkpoint.parents[1] / name
     codec_key = sha256_json([loaded.codec.digest, loaded.config.data.heatmap_sigma_px, *map(held_out.sample_fingerprint, chosen)])
     known_codec = codec_from["measures"]["codec"] if codec_from is not None and codec_from["codec_key"] == codec_key else None
     nearest = _nearest(loaded)
@@ -148,7 +167,7 @@ def spread(available: int, wanted: int) -> list[int]:
 def _nearest(run: LoadedRun) -> NearestDemonstration | None:
     """The baseline that replays, None where the run's own demonstrations are gone."""
     data = run.config.data
-    if not Path(data.root).is_dir():
+    if not all(Path(root).is_dir() for root in roots_of(data.root)):
         return None
     training = WindowDataset(read_episodes(data.root, data.cameras, data.trail), data, run.config.model.views, "train", run.config.seed)
     return NearestDemonstration(training, metrics.num_given_frames(run.config.train.condition_frames))
@@ -333,7 +352,7 @@ def sample_pictures(
     check_place(output, recorded_by)
     loaded = load_run(run)
     data, views = loaded.config.data, loaded.config.model.views
-    if len(recorded_by) != views:
+    if len(recorded_by) != views and loaded.config.model.view_code != "camera":
         raise MvwanError(
             f"--cameras {cameras}: {len(recorded_by)} cameras; the run was trained on {views} views. Give as many, in its order."
         )
@@ -341,8 +360,8 @@ def sample_pictures(
         raise MvwanError(f"--image gives one picture per view, this run needs {given}. Call mvwan.predict with images [V {given} H W 3].")
     pictures, seen_by = read_pictures(images, recorded_by, data.height_px, data.width_px)
     if fps is None:
-        if not Path(data.root).is_dir():
-            raise MvwanError(f"{data.root}: the run's demonstrations are gone, so its frame rate is not known. Give --fps.")
+        if gone := [root for root in roots_of(data.root) if not Path(root).is_dir()]:
+            raise MvwanError(f"{gone[0]}: the run's demonstrations are gone, so its frame rate is not known. Give --fps.")
         fps = read_episodes(data.root, data.cameras, data.trail)[0].fps / data.frame_interval
     prediction = predict(
         loaded,

@@ -137,6 +137,8 @@ def json_line(value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
+    if type(value) in (str, int):
+        return value
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return str(value)
     if isinstance(value, dict):

@@ -1,8 +1,8 @@
 """Pickles of strangers: numpy arrays and plain Python values come out, and nothing is imported or run on the way.
 
 What a pickle names is looked up here and nowhere else, and none of it is the real thing: each stand-in checks sizes before it makes
-anything. pickle's Python implementation is used because the C one sets memory aside for numbers that a file merely claims.
-Knows no dataset.
+anything. Objects of classes that the caller names become records of what they held; all other classes are refused. pickle's Python
+implementation is used because the C one sets memory aside for numbers that a file merely claims. Knows no dataset.
 """
 
 import io
@@ -10,7 +10,8 @@ import math
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,19 +94,56 @@ class _RefusedError(ValueError):
     """What a pickle holds that is not read."""
 
 
+@dataclass(frozen=True)
+class _Named:
+    """A class that the caller lets pickles name. It cannot be called."""
+
+    module: str
+    name: str
+
+
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
+class Record:
+    """An object of a class that the caller named: what it held, and nothing that it could do. Two records are never equal."""
+
+    kind: str
+    """The class as the pickle names it, `module.name`."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """Its attributes."""
+
+
+_OBJECT = object()
+"""The base class `object`, which pickles of objects name as an argument."""
+
+
+def _new_record(kind: Any, base: Any, state: Any = None) -> Record:
+    """The empty record that the pickle fills afterwards."""
+    if not isinstance(kind, _Named) or base is not _OBJECT or state is not None:
+        raise _RefusedError("an object that is made in an unusual way")
+    return Record(kind=f"{kind.module}.{kind.name}")
+
+
+_RECORD_MAKERS: dict[tuple[str, str], Any] = {
+    ("builtins", "object"): _OBJECT,
+    ("copyreg", "_reconstructor"): _new_record,
+    ("copy_reg", "_reconstructor"): _new_record,
+}
+
+
 class _PlainUnpickler(pickle._Unpickler):
     """Builds plain values and arrays. Every other operation of the pickle language is unknown to it."""
 
     stack: list[Any]
     read: Callable[[int], bytes]
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, records: Sequence[tuple[str, str]]) -> None:
         super().__init__(io.BytesIO(data))
+        self._known = _STAND_INS | (_RECORD_MAKERS | {name: _Named(*name) for name in records} if records else {})
         self._weights: dict[int, int] = {}
         self._copied, self._most_copied = 0, 10 * len(data)
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        found = _STAND_INS.get(("builtins" if module_name == "__builtin__" else module_name, global_name))
+        found = self._known.get(("builtins" if module_name == "__builtin__" else module_name, global_name))
         if found is None:
             raise _RefusedError(f"it names {module_name}.{global_name}")
         return found
@@ -126,8 +164,21 @@ class _PlainUnpickler(pickle._Unpickler):
             _check_shape(shape, dtype, len(raw) * (dtype.itemsize if dtype.kind == "O" else 1))
             self._count(len(raw))
             target.__setstate__((1, shape, dtype, bool(fortran), raw))  # pyright: ignore[reportArgumentType]
+        elif isinstance(target, Record):
+            if type(state) is not dict or target.state:
+                raise _RefusedError(f"a {target.kind} whose state is no dict, or is given twice")
+            self._count(len(state))
+            if not all(type(name) is str for name in state):
+                raise _RefusedError(f"a {target.kind} with an attribute that has no name")
+            target.state = state
         else:
             raise _RefusedError(f"a {type(target).__name__} with a state of its own")
+
+    def load_newobj(self) -> None:
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        if type(arguments) is not tuple or arguments:
+            raise _RefusedError("an object that is made with arguments")
+        self.stack.append(_new_record(kind, _OBJECT))
 
     def _weigh(self) -> None:
         """Refuses a tuple that holds the same tuples over and over: its hash would take for ever."""
@@ -159,26 +210,28 @@ class _PlainUnpickler(pickle._Unpickler):
 def _operations() -> dict[int, Any]:
     """Code of each operation that is known -> what does it."""
     plain = pickle._Unpickler.dispatch
-    unknown = (pickle.PERSID, pickle.BINPERSID, pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2)
+    unknown = (pickle.PERSID, pickle.BINPERSID, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2)
     unknown += (pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)
     known = {code: load for code, load in plain.items() if bytes([code]) not in unknown}
     for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
         known[code[0]] = partial(lambda load, self: self._weighed(load), plain[code[0]])
     ours = _PlainUnpickler
-    return known | {pickle.BUILD[0]: ours.load_build, pickle.BYTEARRAY8[0]: ours.load_bytearray8, pickle.REDUCE[0]: ours.load_reduce}
+    known |= {pickle.BUILD[0]: ours.load_build, pickle.NEWOBJ[0]: ours.load_newobj}
+    return known | {pickle.BYTEARRAY8[0]: ours.load_bytearray8, pickle.REDUCE[0]: ours.load_reduce}
 
 
 _PlainUnpickler.dispatch = _operations()
 
 
-def read_pickle(path: str | Path) -> Any:
+def read_pickle(path: str | Path, records: Sequence[tuple[str, str]] = ()) -> Any:
     """The value in a pickle that may come from a stranger: numpy arrays, and plain Python numbers, strings and containers.
 
-    `MvwanError` when the file is missing, is damaged, or names anything else; nothing that it names is imported or run, and it takes
-    no more memory than a few times its size.
+    Objects of the classes in `records`, (module, name) each, are read as `Record`. What is read may hold itself, or the same list a
+    thousand times over: whoever walks through it must know where to stop. `MvwanError` when the file is missing, is damaged, or names
+    anything else; nothing that it names is imported or run, and it takes no more memory than a few times its size.
     """
     try:
-        return _PlainUnpickler(read_bytes(path)).load()
+        return _PlainUnpickler(read_bytes(path), records).load()
     except MvwanError:
         raise
     except _RefusedError as error:

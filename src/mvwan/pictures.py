@@ -73,7 +73,7 @@ def webp(picture: np.ndarray, quality: int = 88) -> bytes:
 
 
 def png(picture: np.ndarray) -> bytes:
-    """The picture `[H W 3]` uint8 as PNG, losslessly."""
+    """The picture `[H W 3]` uint8, or `[H W 4]` with opacity, as PNG, losslessly."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")
     return buffer.getvalue()

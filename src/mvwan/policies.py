@@ -13,7 +13,7 @@ import numpy as np
 
 from mvwan.batch import Episode
 from mvwan.cameras import Camera
-from mvwan.data.dataset import kept_out, read_episodes
+from mvwan.data.dataset import Root, kept_out, read_episodes
 from mvwan.data.transforms import resize
 from mvwan.errors import MvwanError
 from mvwan.files import sha256_json
@@ -161,15 +161,16 @@ class Hold:
 class Demonstrations:
     """What a run was trained on, as far as policies need it."""
 
-    root: str
+    root: Root
     cameras: tuple[str, ...] | None
     seed: int
     validation_share: float
+    on_corrupt: Literal["stop", "skip"] = "stop"
 
     @cached_property
     def training(self) -> tuple[Episode, ...]:
         """The episodes that are not held out."""
-        episodes = read_episodes(self.root, self.cameras)
+        episodes = read_episodes(self.root, self.cameras, on_corrupt=self.on_corrupt)
         validation = kept_out(episodes, self.seed, self.validation_share)
         return tuple(episode for episode in episodes if episode.name not in validation)
 

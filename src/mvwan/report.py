@@ -297,7 +297,20 @@ def _settings(records: Sequence[RunRecord], about: Mapping[str, Any]) -> str:
         f"<details><summary>All settings, {SOURCE_NAMES[record.label]}</summary><pre>{html.escape(record.settings)}</pre></details>"
         for record in records
     )
-    return f'<div class="figures">{"".join(blocks)}</div>{yaml}'
+    return f'{_left_out(records)}<div class="figures">{"".join(blocks)}</div>{yaml}'
+
+
+def _left_out(records: Sequence[RunRecord]) -> str:
+    """What the runs went without because it is damaged; nothing when that is nothing."""
+    parts = []
+    for record in (record for record in records if record.skipped):
+        counts = " and ".join(f"{len(found)} {kind}" for kind, found in record.skipped.items() if found)
+        rows = [(one["name"], one["reason"]) for found in record.skipped.values() for one in found]
+        parts.append(
+            f"<details><summary>Data, {SOURCE_NAMES[record.label]}: {counts} were damaged and left out</summary>"
+            f"{_table(('', 'why'), rows, [''] * len(rows))}</details>"
+        )
+    return "".join(parts)
 
 
 def _version(name: str) -> str:

@@ -142,7 +142,7 @@ def _run_baseline(script: Path, words: Sequence[str], product: Path) -> None:
 
 def _encode(config: Config, latents: Path) -> None:
     codec = LatentCodec.load(config.base.codec or config.base.source, config.data.text_tokens)
-    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail)
+    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail, config.data.on_corrupt)
     for split in ("train", "validation"):
         windows = WindowDataset(episodes, config.data, config.model.views, split, config.seed)
         if len(windows):

@@ -9,7 +9,7 @@ from mvwan.training_module import HeatmapWanTrainingModule
 
 
 def run_manifest(config: Config, num_processes: int, strategy: str, fingerprint: str) -> dict[str, Any]:
-    """Base, views, fusion, action head, switch, LoRA, data and settings; of the data it is the content that counts, not where it lies."""
+    """What the run is and all of its settings; of the data it is the content that counts, not where it lies."""
     base, lora = config.base, config.trainable.lora
     return {
         "base": {"id": base.source, "digest": base_digest(base.source, base.random_weights, config.seed)},
@@ -17,6 +17,7 @@ def run_manifest(config: Config, num_processes: int, strategy: str, fingerprint:
         "fusion": config.model.fusion,
         "heads": ["rgb", "heatmap"],
         "action_head": config.model.action_head,
+        "view_code": config.model.view_code,
         "unfreeze_modulation_and_norms": config.unfreeze_modulation_and_norms,
         "lora": {"rank": lora.rank, "alpha": float(lora.rank if lora.alpha is None else lora.alpha)},
         "seed": config.seed,

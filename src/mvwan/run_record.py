@@ -52,6 +52,12 @@ class RunRecord:
         return read_text(self.folder / "config.yaml")
 
     @cached_property
+    def skipped(self) -> dict[str, list[dict[str, str]]]:
+        """`episodes` and `windows` that were left out as damaged, each with `name` and `reason`; empty when there was none."""
+        path = self.folder / "skipped.json"
+        return read_json(path) if path.is_file() else {}
+
+    @cached_property
     def log(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
         return read_json_lines(self.folder / "metrics.jsonl")

@@ -17,7 +17,7 @@ import torch
 
 from mvwan import flow, heatmaps
 from mvwan.actions import read_out
-from mvwan.batch import Prediction
+from mvwan.batch import Prediction, camera_rays
 from mvwan.cameras import Camera
 from mvwan.checkpoint import find_checkpoint, read_manifest
 from mvwan.config import Config
@@ -72,6 +72,7 @@ def predict(
     seed: int = 0,
     *,
     point_m: np.ndarray | None = None,
+    point_px: np.ndarray | None = None,
     gripper_open: float | np.ndarray | None = None,
     num_frames: int | None = None,
     heat_only: bool = False,
@@ -81,8 +82,9 @@ def predict(
     """What happens after `images`, over `num_frames` pictures per view (None: as many as in training), in `steps` Euler steps.
 
     images [V H W 3] uint8, one first picture per camera ([V F H W 3] for runs with several given frames). `cameras` belong to
-    pictures of this size. point_m [3] (or [F 3]), metres, is where the tracked point is now: the robot knows its tool point. Without
-    it the first heatmap is blank, as in training when no camera sees the point. gripper_open (or [F]), 0..1, is how far the gripper
+    pictures of this size. point_m [3] (or [F 3]), metres, is where the tracked point is now: the robot knows its tool point. Or point_px
+    [V 2] (or [V F 2]), where each view shows it, NaN where one does not. Without either the first heatmap is blank, as in training when
+    no camera sees the point. gripper_open (or [F]), 0..1, is how far the gripper
     is open now: a model with an action head repeats it in the given frames, and says its own without it; no other model reads it.
     `heat_only` leaves the pictures undecoded, which saves half of the time: `rgb` then ends with the given ones. A bare model needs
     `codec`, and `config` where its training differed from the defaults. Same seed, same prediction. Raises `MvwanError` for pictures
@@ -106,7 +108,13 @@ def predict(
     num_frames = config.data.num_frames if num_frames is None else num_frames
     latent_frames = num_latent_frames(num_frames)
     given = _given_pictures(images, cameras, num_frames_of(condition_frames))
-    heat = _given_heat(given, cameras, point_m, config.data.heatmap_sigma_px)
+    if model.view_code == "slot" and isinstance(run, LoadedRun) and len(given) != config.model.views:
+        raise MvwanError(
+            f"{len(given)} views; the run was trained on {config.model.views}, told apart by their order. Give as many, in its order; only "
+            "a run with model.view_code=camera takes others."
+        )
+    uv_px, visible = _where_it_is(given, cameras, point_m, point_px)
+    heat = heatmaps.render(uv_px, visible, given.shape[2], given.shape[3], config.data.heatmap_sigma_px)
     # RGB and heat go through the codec as one batch of 2V videos; the network wants them side by side on channels.
     clean = codec.encode_video(np.concatenate([given, heatmaps.colour(heat)]))
     rgb_latents, heat_latents = clean.chunk(2)
@@ -119,6 +127,8 @@ def predict(
         seed=seed,
         shift=config.flow.shift,
         precision=config.train.precision,
+        rays=None if model.view_code == "slot" else camera_rays(cameras, *clean.shape[-2:])[None],
+        view_names=[camera.name for camera in cameras] if model.view_code == "camera" else None,
     )
     rgb_latents, heat_latents = latents[0].chunk(2, dim=1)
     if heat_only:
@@ -141,11 +151,14 @@ def denoise(
     shift: float,
     precision: Literal["auto", "bf16", "no"] = "auto",
     sample_ids: Sequence[str] | None = None,
+    rays: torch.Tensor | None = None,
+    view_names: Sequence[str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(latents, logits): [B V 2C f h w] float32 whose first frames are `given` [B V 2C g h w] to the bit, the rest made from noise.
 
     The logits [B F A] are what an action head says in the last network call, at the lowest sigma; None without one. The noise is a
-    pure function of (seed, sample id); ids default to `0`, `1`, … . One network call per step.
+    pure function of (seed, sample id), or with `view_names` that of each view one of (seed, sample id, its name), so that it goes where
+    its view goes; ids default to `0`, `1`, … . `rays` are those that the model's `forward` takes. One network call per step.
     """
     if denoise_steps < 1:
         raise MvwanError(f"steps={denoise_steps}: at least one Euler step is needed. Five are enough for most runs.")
@@ -156,18 +169,22 @@ def denoise(
     if precision == "auto":
         precision = "bf16" if has_fast_bfloat16(device) else "no"
     ids = sample_ids or [str(index) for index in range(batch)]
-    noise = flow.draw_noise(seed, 0, ids, (views, channels, latent_frames, height, width))
+    of_view = (channels, latent_frames, height, width)
+    if view_names is None:
+        noise = flow.draw_noise(seed, 0, ids, (views, *of_view))
+    else:
+        noise = flow.draw_noise(seed, 0, [f"{one}/{name}" for one in ids for name in view_names], of_view).unflatten(0, (batch, views))
     latents = torch.cat([given.float().cpu(), noise[:, :, :, condition_frames:]], dim=3).to(device)
-    text = text.to(device)
+    text, rays = text.to(device), None if rays is None else rays.to(device)
     sigmas = flow.euler_sigmas(denoise_steps, shift).tolist()
     predicted, logits = slice(condition_frames, None), None
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         for sigma, next_sigma in pairwise(sigmas):
             timestep = flow.timestep(torch.full((batch,), sigma, device=device))
             if next_sigma == 0 and model.head_action is not None:
-                velocity, logits = model(latents, timestep, text, condition_frames=condition_frames, return_action=True)
+                velocity, logits = model(latents, timestep, text, condition_frames, return_action=True, rays=rays)
             else:
-                velocity = model(latents, timestep, text, condition_frames=condition_frames)
+                velocity = model(latents, timestep, text, condition_frames, rays=rays)
             latents[:, :, :, predicted] = flow.euler_step(
                 latents[:, :, :, predicted], velocity[:, :, :, predicted].float(), sigma, next_sigma
             )
@@ -203,9 +220,22 @@ def _given_pictures(images: np.ndarray, cameras: Sequence[Camera], num_given: in
     return given
 
 
-def _given_heat(given: np.ndarray, cameras: Sequence[Camera], point_m: np.ndarray | None, sigma_px: float) -> np.ndarray:
-    """Heatmaps [V F H W] of the given pictures; blank where a camera does not see the point."""
+def _where_it_is(
+    given: np.ndarray, cameras: Sequence[Camera], point_m: np.ndarray | None, point_px: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(uv_px [V F 2], visible [V F]) of the tracked point in the given pictures."""
     views, frames, height, width = given.shape[:4]
+    if point_px is not None:
+        if point_m is not None:
+            raise MvwanError("point_m and point_px both say where the point is; give one of them")
+        uv = np.asarray(point_px, np.float64)
+        uv = uv[:, None] if uv.ndim == 2 else uv
+        if uv.shape != (views, frames, 2):
+            raise MvwanError(
+                f"point_px is {np.shape(point_px)}; needed is one place in px per view and given picture, ({views}, {frames}, 2)"
+            )
+        with np.errstate(invalid="ignore"):
+            return np.nan_to_num(uv), np.all((uv >= 0) & (uv < (width, height)), axis=-1)
     points = np.full((frames, 3), np.nan) if point_m is None else np.atleast_2d(np.asarray(point_m, np.float64))
     if points.shape != (frames, 3):
         raise MvwanError(f"point_m is {points.shape}; needed is one point in metres per given picture, ({frames}, 3)")
@@ -215,7 +245,7 @@ def _given_heat(given: np.ndarray, cameras: Sequence[Camera], point_m: np.ndarra
     for view, camera in enumerate(cameras):
         uv[view, known], depth = camera.project(points[known])
         visible[view, known] = camera.inside(uv[view, known], depth)
-    return heatmaps.render(uv, visible, height, width, sigma_px)
+    return uv, visible
 
 
 def _actions(

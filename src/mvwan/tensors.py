@@ -89,6 +89,20 @@ class TensorFile(Mapping[str, torch.Tensor]):
         return MvwanError(f"{self.path}: not a readable safetensors file ({error}). Give a run's folder or a .safetensors checkpoint.")
 
 
+def read_row(path: Path, row: int) -> dict[str, torch.Tensor]:
+    """Name -> `tensor[row]` of every tensor in a safetensors file, of which nothing else is read. `MvwanError` when that cannot be.
+
+    The bits may lie in the file still: copy what is kept.
+    """
+    if not os.path.isfile(path):
+        raise MvwanError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_slice(name)[row : row + 1][0] for name in file.keys()}  # noqa: SIM118
+    except (*_UNREADABLE, IndexError) as error:
+        raise MvwanError(f"{path}: row {row} cannot be read ({error})") from None
+
+
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """`sha256:…` of names, dtypes, shapes and bits, whatever the order."""
     total = hashlib.sha256()

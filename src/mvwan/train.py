@@ -4,6 +4,7 @@
         config.yaml, table.json      resolved settings; what trains
         first_batch.png              the first windows with their heatmaps drawn over the views: look at it
         latents/                     the latent cache, unless data.cache names another place
+        skipped.json                 damaged episodes and windows that are left out, with reasons, when there are any
         metrics.jsonl                a line per logged step and per evaluation, each with its "kind"
         movement.json                the proof that what should move moved, and nothing else
         logs/                        of the tracker
@@ -40,7 +41,7 @@ from mvwan import checkpoint, flow, pictures, sharding, train_data
 from mvwan.actions import action_counts
 from mvwan.batch import Batch
 from mvwan.checkpoint_writer import CheckpointWriter
-from mvwan.compatibility import check_resume
+from mvwan.compatibility import check_resume, check_skipped
 from mvwan.config import Config, dump_yaml
 from mvwan.data.dataset import WindowDataset, read_episodes
 from mvwan.errors import MvwanError, PreemptedError
@@ -344,7 +345,7 @@ def _held_out_loss(state: State, sigma: float, indices: Sequence[int]) -> dict[s
     for start in range(0, math.ceil(len(indices) / accelerator.num_processes), config.train.batch_size):
         # A forward pass of spread parameters takes every process: one that has run out of windows computes and does not count.
         items = mine[start : start + config.train.batch_size]
-        batch = state.held_out.batch(items or [0]).check().to(accelerator.device)
+        batch = state.held_out.batch(items or [0], config.model.view_code != "slot").check().to(accelerator.device)
         errors = state.own(batch, config.seed, HELD_OUT_STEP, torch.full((len(batch.sample_ids),), sigma))
         totals += torch.cat([errors.sums.double(), errors.counts.double()]).sum(dim=1) if items else 0
     found = _over_processes(accelerator, totals)
@@ -368,9 +369,10 @@ def _loss_names(config: Config) -> tuple[str, ...]:
 
 def _build(config: Config, output: Path, accelerator: Accelerator, found: Path | None, accept_trainable_change: bool) -> State:
     """The state before the first step of this process. Every check comes before the first byte is written."""
-    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail)
+    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail, config.data.on_corrupt)
     training, held_out = (WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation"))
     training.check_actions(config.model.action_head)
+    training.check_calibrated(config.model.view_code)
     HeatmapWanTrainingModule(config=config, device="meta", print_banners=False)  # do the groups fit the base?
     manifest = run_manifest(config, accelerator.num_processes, strategy_name(accelerator), training.fingerprint)
     step = 0
@@ -385,6 +387,10 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
     caches = train_data.latent_caches(
         config, output, training, held_out, accelerator.device, accelerator.is_main_process, accelerator.wait_for_everyone
     )
+    skipped = train_data.left_out(episodes, caches)
+    manifest["data"]["skipped"] = [window["name"] for window in skipped["windows"]]
+    if found is not None:
+        check_skipped(checkpoint.read_manifest(found), manifest, found)
 
     own = HeatmapWanTrainingModule(config=config, print_banners=accelerator.is_main_process, **start)
     manifest["trainable_changes"] += trainable_changes(own, start["checkpoint"], step)
@@ -422,7 +428,7 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
         state.proof = MovementProof(own.model, own.table)
         state.proof.snapshot()
     if accelerator.is_main_process:
-        _introduce(state, training)
+        _introduce(state, caches[0].dataset, skipped)
     # TensorBoard then hides what a killed run logged after its last checkpoint.
     accelerator.init_trackers("mvwan", init_kwargs={"tensorboard": {"purge_step": step + 1}} if found else {})
     return state
@@ -436,7 +442,7 @@ def _history(path: Path, step: int) -> list[dict[str, Any]]:
     return [line for line in lines if line["step"] <= step]
 
 
-def _introduce(state: State, training: WindowDataset) -> None:
+def _introduce(state: State, training: WindowDataset, skipped: dict[str, list[dict[str, str]]]) -> None:
     """Writes what a run is known by, and shows what trains."""
     config, output = state.config, state.output
     checkpoint.tidy(output, config.train.keep_last, config.train.keep_best)  # a killed save may have stopped before its pointer
@@ -444,6 +450,9 @@ def _introduce(state: State, training: WindowDataset) -> None:
         remove_leftovers(folder)
     write_file(output / "config.yaml", dump_yaml(config))
     write_json(output / "table.json", state.own.table.to_json(config.base.source, config.model.views, config.model.fusion))
+    if said := train_data.in_words(skipped):
+        print(said, file=sys.stderr)
+        write_json(output / "skipped.json", skipped)
     write_file(output / "metrics.jsonl", "".join(json_line(line) for line in state.history))
     if state.first_step == 0:
         first = train_data.first_windows(training, config, state.manifest["items_per_step"])

@@ -4,7 +4,8 @@ Knows no model, no loss and no step but its number.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from mvwan import pictures
 from mvwan.batch import Batch
 from mvwan.config import Config, TrainConfig
-from mvwan.data.dataset import WindowDataset, global_indices, heat_video
+from mvwan.data.dataset import Episodes, WindowDataset, global_indices, heat_video
 from mvwan.errors import MvwanError
 from mvwan.heatmaps import render
 from mvwan.latent_cache import LatentCache, build_cache, is_complete
@@ -33,7 +34,8 @@ def latent_caches(
 ) -> tuple[LatentCache, LatentCache | None]:
     """The latent caches of both splits (None: nothing is held out), complete.
 
-    The main process encodes what is missing or damaged; VAE and text encoder are gone before the model comes.
+    The main process encodes what is missing or damaged, with `train.num_workers` processes that decode pictures; VAE and text encoder
+    are gone before the model comes. Damaged windows are in neither cache where `data.on_corrupt` says so.
     """
     folder = Path(config.data.cache or output / "latents")
     splits = [training, held_out] if len(held_out) else [training]
@@ -42,7 +44,7 @@ def latent_caches(
     if is_main and not all(is_complete(folder, split, digest, sigma_px) for split in splits):
         codec = LatentCodec.load(source, config.data.text_tokens, device)
         for split in splits:
-            build_cache(split, codec, folder, sigma_px)
+            build_cache(split, codec, folder, sigma_px, workers=config.train.num_workers)
         del codec
     wait_for_everyone()
     caches = [LatentCache.open(folder, split, digest, sigma_px) for split in splits]
@@ -53,7 +55,7 @@ def micro_batches(config: Config, cache: LatentCache, num_processes: int, proces
     """The micro-batches of one process from `first_step` to the end. Raises the `MvwanError` of an entry that cannot be read."""
     items = _items(config.train, config.seed, len(cache), num_processes, process, first_step)
     numbers: Any = range(len(cache))  # the loader deals in item numbers; the cache makes a batch of them, in a worker if there is one
-    for batch in DataLoader(numbers, batch_sampler=items, num_workers=config.train.num_workers, collate_fn=_BatchOrError(cache)):
+    for batch in DataLoader(numbers, batch_sampler=items, num_workers=config.train.num_workers, collate_fn=_BatchOrError(cache, config)):
         if isinstance(batch, MvwanError):
             raise batch
         yield batch
@@ -62,12 +64,12 @@ def micro_batches(config: Config, cache: LatentCache, num_processes: int, proces
 class _BatchOrError:
     """Makes a batch of item numbers. An error is returned: raised in a worker, torch would wrap it into a traceback."""
 
-    def __init__(self, cache: LatentCache) -> None:
-        self._cache = cache
+    def __init__(self, cache: LatentCache, config: Config) -> None:
+        self._cache, self._with_rays = cache, config.model.view_code != "slot"
 
     def __call__(self, items: Sequence[int]) -> Batch | MvwanError:
         try:
-            return self._cache.batch(items)
+            return self._cache.batch(items, self._with_rays)
         except MvwanError as error:
             return error
 
@@ -77,6 +79,19 @@ def _items(train: TrainConfig, seed: int, num_items: int, num_processes: int, pr
     for step in range(first_step, train.steps):
         shape = (train.gradient_accumulation, num_processes, train.batch_size)
         yield from global_indices(seed, step, math.prod(shape), num_items).reshape(shape)[:, process].tolist()
+
+
+def left_out(episodes: Episodes, caches: Sequence[LatentCache | None]) -> dict[str, list[dict[str, str]]]:
+    """`episodes` and `windows` that are damaged and left out, each with its name and the reason: what `skipped.json` holds."""
+    windows = [window for cache in caches if cache is not None for window in cache.skipped]
+    return {"episodes": [asdict(episode) for episode in episodes.left_out], "windows": [asdict(window) for window in windows]}
+
+
+def in_words(skipped: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
+    """How many are left out and why the first of them is; nothing when none is."""
+    reasons = [one["reason"] for kind in skipped.values() for one in kind]
+    counts = " and ".join(f"{len(kind)} {name}" for name, kind in skipped.items() if kind)
+    return f"data.on_corrupt=skip: {counts} left out as damaged. The first: {reasons[0]}" if reasons else ""
 
 
 def first_windows(training: WindowDataset, config: Config, items_per_step: int, at_most: int = 4) -> np.ndarray:

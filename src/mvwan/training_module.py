@@ -90,6 +90,7 @@ class HeatmapWanTrainingModule(nn.Module):
             seed=self.config.seed,
             purpose="train changed" if accept_trainable_change else "train",
             action_head=model.action_head,
+            view_code=model.view_code,
         )
         if checkpoint is not None and report.manifest is not None:
             lora = self.config.trainable.lora
@@ -145,8 +146,8 @@ class HeatmapWanTrainingModule(nn.Module):
         noisy = flow.add_noise(clean, noise, sigma_bf)
         target = flow.velocity_target(clean, noise)
         if self.config.model.action_head == "none":
-            velocity = self.model(noisy, flow.timestep(sigma_bf), batch.text, condition_frames)
+            velocity = self.model(noisy, flow.timestep(sigma_bf), batch.text, condition_frames, rays=batch.rays)
             return flow.stream_losses(velocity, target, batch.heat_valid, condition_frames)
-        velocity, logits = self.model(noisy, flow.timestep(sigma_bf), batch.text, condition_frames, return_action=True)
+        velocity, logits = self.model(noisy, flow.timestep(sigma_bf), batch.text, condition_frames, return_action=True, rays=batch.rays)
         sums = flow.stream_losses(velocity, target, batch.heat_valid, condition_frames)
         return replace(sums, **action_losses(logits, batch.gripper_open, batch.rotation_deg, condition_frames))

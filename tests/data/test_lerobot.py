@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mvwan.cameras import Camera, look_at
-from mvwan.data import lerobot
+from mvwan.data import lerobot_files
 from mvwan.data.lerobot import read_lerobot, write_dataset
 from mvwan.errors import MvwanError
 
@@ -150,8 +150,8 @@ def test_same_numbers_give_the_same_bytes(written, tmp_path):
 
 
 def test_full_files_are_followed_by_new_ones(tmp_path, monkeypatch, written):
-    for name, value in {"_VIDEO_FILE_MB": 0, "_DATA_FILE_MB": 0, "_FILES_PER_CHUNK": 2}.items():
-        monkeypatch.setattr(lerobot, name, value)
+    for name, value in {"VIDEO_FILE_MB": 0, "DATA_FILE_MB": 0, "FILES_PER_CHUNK": 2}.items():
+        monkeypatch.setattr(lerobot_files, name, value)
     root = write(tmp_path / "many")
     assert (root / "videos/observation.images.left/chunk-001/file-000.mp4").exists()
     assert (root / "data/chunk-001/file-000.parquet").exists()

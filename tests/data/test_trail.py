@@ -3,6 +3,7 @@
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,10 @@ SCENE = (-0.45, 0.3, -0.05, 0.45, 1.0, 0.6)
 SETTINGS = TrailConfig(scene_bounds_m=SCENE, size_px=96)
 DATA = DataConfig(num_frames=5, window_stride=4, height_px=96, width_px=96, heatmap_sigma_px=2.5, text_tokens=32, trail=SETTINGS)
 RED = np.array([230, 20, 20], np.uint8)
+FOLDED: list[Any] = [1.0]
+"""A list of one list, twice, 40 times over: a hundred bytes whose values would fill any memory."""
+for _ in range(40):
+    FOLDED = [FOLDED, FOLDED]
 
 
 @pytest.fixture(scope="module")
@@ -152,11 +157,13 @@ def test_pictures_cross_to_worker_processes_and_depend_on_the_scene(ball: Path) 
 @pytest.mark.parametrize(
     ("file", "value", "message"),
     [
-        ("poses/000002.pkl", [1.0, 2.0], r"poses/000002\.pkl: holds list of float64 \(2,\), needs 7 numbers"),
+        ("poses/000002.pkl", [1.0, 2.0], r"poses/000002\.pkl: holds list of length 2, needs 7 numbers"),
+        ("poses/000002.pkl", [FOLDED] * 7, r"000002\.pkl: holds list of length 7, needs 7 numbers"),
         ("poses/000002.pkl", [np.nan, 0, 0, 1, 0, 0, 0], r"NaN or infinity in a pose"),
         ("poses/000002.pkl", [0, 0, 0, 5.0, 0, 0, 0], r"hand_quaternion_wxyz of frame 2"),
+        ("gripper_states/000001.pkl", FOLDED, r"000001\.pkl: holds list of length 2, needs true \(open\) or false"),
         ("gripper_states/000001.pkl", "open", r"000001\.pkl: holds 'open', needs true \(open\) or false"),
-        ("extrinsics.pkl", {"3rd_1": np.eye(4)}, r"extrinsics\.pkl: '3rd_2' is no rotation and shift"),
+        ("extrinsics.pkl", {"3rd_1": np.eye(4)}, r"extrinsics\.pkl: '3rd_2': holds None, needs 4 x 4 numbers"),
         ("extrinsics.pkl", {f"3rd_{sensor}": 2 * np.eye(4) for sensor in (1, 2, 3)}, r"'3rd_1' is no rotation and shift"),
         ("poses/000002.pkl", Path("/"), r"refused, it names pathlib"),
     ],

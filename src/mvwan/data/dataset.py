@@ -4,10 +4,11 @@ All three are pure functions of the seed and of names, so that a run can be resu
 no file format: `read_episodes` only finds out which reader a folder needs.
 """
 
+import copy
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -19,39 +20,90 @@ from mvwan.actions import rotation_from_first
 from mvwan.batch import Episode, Sample
 from mvwan.cameras import Camera
 from mvwan.config import DataConfig, TrailConfig
+from mvwan.data.left_out import LeftOut
 from mvwan.data.lerobot import read_lerobot
 from mvwan.data.mvtrack import is_mvtrack, read_mvtrack
+from mvwan.data.rlbench import is_rlbench, read_rlbench
 from mvwan.data.trail import CloudFiles, is_trail, read_trail
-from mvwan.data.transforms import crop_and_resize, draw_augmentation, move, resize
+from mvwan.data.transforms import crop_and_resize, cropped_cameras, draw_augmentation, move, resize, whole_pictures
+from mvwan.data.windows import READ_TOGETHER, ReadAhead, Window, Windows, span_of
 from mvwan.errors import MvwanError, nearest
 from mvwan.files import sha256_json
 from mvwan.heatmaps import colour, render
 
 _PIXEL_VERSION = 1
 """Raised whenever the code changes the pixels of a sample, so that cached latents of the old ones are not taken for the new."""
-_READ_TOGETHER = 32
-"""Pictures that are in memory at recorded size at the same time."""
 
 
-def read_episodes(root: str | Path, cameras: Sequence[str] | None = None, trail: TrailConfig | None = None) -> tuple[Episode, ...]:
+Root = str | Path | Sequence[str]
+"""A dataset's folder, or those of several that are one training set."""
+
+
+def roots_of(root: Root) -> tuple[str, ...]:
+    """The folders."""
+    return (str(root),) if isinstance(root, (str, Path)) else tuple(root)
+
+
+class Episodes(tuple[Episode, ...]):
+    """The episodes of a training set that can be read."""
+
+    left_out: tuple[LeftOut, ...] = ()
+    """The others."""
+
+
+def read_episodes(
+    root: Root,
+    cameras: Sequence[str] | None = None,
+    trail: TrailConfig | None = None,
+    on_corrupt: Literal["stop", "skip"] = "stop",
+) -> Episodes:
     """The episodes in the folder `root`, seen by `cameras` (None: all); `trail` says how clouds become pictures.
 
-    `MvwanError` when the folder is missing or holds no known dataset.
+    Of several folders each episode is named `<folder>/<its own name>`. `on_corrupt` as in `DataConfig`. `MvwanError` when a folder is
+    missing or holds no known dataset, and when none of its episodes can be read.
     """
+    left_out: list[LeftOut] | None = [] if on_corrupt == "skip" else None
+    found = Episodes(_read_folders(roots_of(root), cameras, trail, left_out))
+    if left_out and not found:
+        raise MvwanError(f"data.on_corrupt=skip: all {len(left_out)} episodes are damaged. The first: {left_out[0].reason}")
+    found.left_out = tuple(left_out or ())
+    return found
+
+
+def _read_folders(
+    roots: Sequence[str], cameras: Sequence[str] | None, trail: TrailConfig | None, left_out: list[LeftOut] | None
+) -> Iterable[Episode]:
+    if len(roots) == 1:
+        return _read_folder(roots[0], cameras, trail, left_out)
+    named = {Path(folder).name: folder for folder in roots}
+    if len(named) < len(roots):
+        raise MvwanError(f"data.root={list(roots)}: two folders have the same name, and so would their episodes. Rename one of them.")
+    episodes = []
+    for name, folder in named.items():
+        own: list[LeftOut] | None = None if left_out is None else []
+        episodes += [replace(episode, name=f"{name}/{episode.name}") for episode in _read_folder(folder, cameras, trail, own)]
+        if left_out is not None:
+            left_out += [replace(damaged, name=f"{name}/{damaged.name}") for damaged in own or ()]
+    return episodes
+
+
+def _read_folder(root: str, cameras: Sequence[str] | None, trail: TrailConfig | None, left_out: list[LeftOut] | None) -> Iterable[Episode]:
     folder, kind = Path(root), format_of(root)
     if kind == "LeRobot v3":
-        return tuple(read_lerobot(folder, cameras))
+        return read_lerobot(folder, cameras, left_out)
     if kind == "trail":
-        return tuple(read_trail(folder, trail or TrailConfig(), cameras))
-    return tuple(read_mvtrack(folder, cameras))
+        return read_trail(folder, trail or TrailConfig(), cameras, left_out)
+    if kind == "RLBench":
+        return read_rlbench(folder, cameras, left_out)
+    return read_mvtrack(folder, cameras, left_out)
 
 
-def format_of(root: str | Path) -> Literal["LeRobot v3", "trail", "MVTrack"]:
+def format_of(root: str | Path) -> Literal["LeRobot v3", "trail", "RLBench", "MVTrack"]:
     """The format of the dataset in the folder `root`, by its layout. `MvwanError` when it is missing or holds no known dataset."""
     folder = Path(root)
     understood = (
-        "mvwan reads LeRobot v3 datasets (a folder with meta/info.json; `mvwan record` makes one), trail (folders trail_<N>) and MVTrack "
-        "(folders <scene>/<scene>-<view>). Set data.root."
+        "mvwan reads LeRobot v3 datasets (a folder with meta/info.json; `mvwan record` makes one), trail (folders trail_<N>), RLBench "
+        "(folders episode<N> with low_dim_obs.pkl) and MVTrack (folders <scene>/<scene>-<view>). Set data.root."
     )
     if not str(root) or not os.path.exists(folder):
         raise MvwanError(f"data.root={str(root)!r}: no such folder. {understood}")
@@ -61,6 +113,8 @@ def format_of(root: str | Path) -> Literal["LeRobot v3", "trail", "MVTrack"]:
         return "LeRobot v3"
     if is_trail(folder):
         return "trail"
+    if is_rlbench(folder):
+        return "RLBench"
     if is_mvtrack(folder):
         return "MVTrack"
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
@@ -80,11 +134,9 @@ def held_out(names: Iterable[str], seed: int, share: float) -> frozenset[str]:
 
 
 def kept_out(episodes: Sequence[Episode], seed: int, share: float) -> frozenset[str]:
-    """The names of the episodes that are for validation: as the dataset itself says, else as `held_out` draws them."""
-    decided = {episode.name: episode.split for episode in episodes if episode.split is not None}
-    if decided:
-        return frozenset(name for name, split in decided.items() if split == "validation")
-    return held_out([episode.name for episode in episodes], seed, share)
+    """The names of the episodes that are for validation: as their dataset itself says, else as `held_out` draws them."""
+    open_to_draw = [episode.name for episode in episodes if episode.split is None]
+    return held_out(open_to_draw, seed, share) | {episode.name for episode in episodes if episode.split == "validation"}
 
 
 def order(seed: int, epoch: int, num_items: int) -> np.ndarray:
@@ -109,17 +161,6 @@ def heat_video(sample: Sample, sigma_px: float) -> np.ndarray:
     return colour(render(sample.uv_px, sample.visible, height_px, width_px, sigma_px))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Window:
-    """Where a sample lies in the recording."""
-
-    episode: Episode
-    frames: tuple[int, ...]
-    """Recorded frames of its pictures; the last one of the episode again and again where the window runs past its end."""
-    interval: int
-    """Recorded frames from one picture to the next."""
-
-
 class WindowDataset:
     """The windows of one split, in the order of episode names and time.
 
@@ -137,7 +178,7 @@ class WindowDataset:
         """Variants that `sample` offers of each window: the plain one and, in training, the augmented ones."""
         self._camera_names = _choose_cameras(episodes, data.cameras, num_views)
         chosen = _split(episodes, data.validation_share, split, seed)
-        span = (data.num_frames - 1) * data.frame_interval + 1
+        span = span_of(data)
         self.skipped = tuple(episode.name for episode in chosen if episode.num_frames + data.past_end < span)
         """Names of the split's episodes that are shorter than a window."""
         if chosen and len(self.skipped) == len(chosen):
@@ -147,44 +188,91 @@ class WindowDataset:
                 f"the longest of {len(chosen)} {split} episodes has {longest}. "
                 "Lower data.num_frames or data.frame_interval, raise data.past_end, or record longer episodes."
             )
-        self.windows = tuple(
-            Window(
-                episode=episode,
-                frames=tuple(min(frame, episode.num_frames - 1) for frame in range(start, start + span, data.frame_interval)),
-                interval=data.frame_interval,
-            )
-            for episode in chosen
-            for start in _starts(episode.num_frames + min(data.past_end, span - 1), span, data.window_stride)
-        )
+        self.windows = Windows(chosen, data)
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def sample_id(self, index: int, variant: int = 0) -> str:
         """The name of a sample: episode, first frame, variant."""
-        window = self.windows[index]
-        return f"{window.episode.name}@{window.frames[0]}#{variant}"
+        return _sample_id(self.windows[index], variant)
+
+    def cameras(self, index: int, variant: int = 0) -> tuple[Camera, ...]:
+        """The cameras of `sample`, without reading its pictures."""
+        cameras = _views(self.windows[index].episode, self._camera_names)
+        boxes = whole_pictures(cameras)
+        if variant:
+            drawn = draw_augmentation(self._rng(index, variant), self.data.augment, cameras)
+            boxes = drawn.boxes_px
+            if not isinstance(self.windows[index].episode.read_rgb, CloudFiles):
+                cameras, _ = move(cameras, np.zeros((0, 3)), drawn.world_from_old_world)
+        return cropped_cameras(cameras, boxes, self.data.height_px, self.data.width_px)
+
+    def _rng(self, index: int, variant: int) -> np.random.Generator:
+        name = self.sample_id(index, variant)
+        return np.random.default_rng(list(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()))
+
+    def without(self, windows: Collection[int]) -> "WindowDataset":
+        """The dataset with these windows left out and the others numbered anew."""
+        if not windows:
+            return self
+        other, keep = copy.copy(self), np.ones(len(self), bool)
+        keep[list(windows)] = False
+        other.windows = self.windows.kept(keep)
+        other.__dict__.pop("fingerprint", None)
+        if "sample_fingerprints" in other.__dict__:
+            other.sample_fingerprints = self.sample_fingerprints[np.repeat(keep, self.num_variants)]
+        return other
 
     def sample(self, index: int, variant: int = 0) -> Sample:
         """Window `index` in pixels: plain for variant 0, else augmented by numbers drawn from the seed and the sample's name."""
+        return self._sample(index, variant, self.windows[index].episode.read_rgb)
+
+    def readable_sample(self, index: int, variant: int = 0) -> Sample | None:
+        """The same, None where a picture cannot be decoded and `data.on_corrupt` says to go without."""
+        try:
+            return self.sample(index, variant)
+        except MvwanError:
+            if self.data.on_corrupt == "stop":
+                raise
+            return None
+
+    def samples(self, items: Sequence[int]) -> Iterator[tuple[int, Sample | MvwanError]]:
+        """Each of the ascending items (window * variants + variant) with its sample, or with the error that says why there is none.
+
+        Pictures that windows of an episode share are decoded once; as many as a window has are in memory, and a run read ahead.
+        """
+        for number, group in groupby(items, key=lambda item: int(self.windows.episode_of[item // self.num_variants])):
+            own = list(group)
+            frames = (frame for item in own for frame in self.windows[item // self.num_variants].frames)
+            read = ReadAhead(self.windows.episodes[number].read_rgb, frames)
+            for item in own:
+                try:
+                    yield item, self._sample(*divmod(item, self.num_variants), read)
+                except MvwanError as error:
+                    yield item, error
+
+    def _sample(self, index: int, variant: int, read: Callable[[Sequence[int]], np.ndarray]) -> Sample:
+        """The sample; `read` gives the pictures as they were recorded."""
         assert 0 <= variant < self.num_variants, f"variant {variant} of {self.num_variants}"
         window, name = self.windows[index], self.sample_id(index, variant)
         frames = list(window.frames)
         cameras = _views(window.episode, self._camera_names)
         point_m, size = window.episode.point_m[frames], (self.data.height_px, self.data.width_px)
         if variant:
-            rng = np.random.default_rng(list(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()))
+            rng = self._rng(index, variant)
             drawn = draw_augmentation(rng, self.data.augment, cameras)
             if isinstance(window.episode.read_rgb, CloudFiles):  # the cameras stay, the scene moves
                 moved = window.episode.read_rgb.about_its_middle(drawn.world_from_old_world)
-                rgb = self._read_rgb(window.episode, frames, cameras, moved=moved, noise=rng, noise_size=self.data.augment.colour_noise)
+                noise = {"noise": rng, "noise_size": self.data.augment.colour_noise}
+                rgb = self._chosen(window.episode, window.episode.read_rgb(frames, moved=moved, **noise), cameras)
                 point_m = point_m @ moved[:3, :3].T + moved[:3, 3]
             else:
-                rgb = self._read_rgb(window.episode, frames, cameras)
+                rgb = self._chosen(window.episode, read(frames), cameras)
                 cameras, point_m = move(cameras, point_m, drawn.world_from_old_world)
             rgb, cameras = crop_and_resize(rgb, cameras, drawn.boxes_px, *size)
         else:
-            rgb, cameras = resize(self._read_rgb(window.episode, frames, cameras), cameras, *size)
+            rgb, cameras = resize(self._chosen(window.episode, read(frames), cameras), cameras, *size)
         gripper_open, rotation_deg = self.actions(index)
         projected = [camera.project(point_m) for camera in cameras]
         if window.episode.uv_px is not None:
@@ -214,51 +302,81 @@ class WindowDataset:
 
     def actions(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(gripper_open [F], rotation_deg [F 3]) float32 of window `index` as in `Sample`: the same in all variants. Reads no picture."""
-        episode, frames = self.windows[index].episode, list(self.windows[index].frames)
-        quaternion = episode.extra.get("hand_quaternion_wxyz", np.full((episode.num_frames, 4), np.nan))
-        return episode.gripper_open[frames].astype(np.float32), rotation_from_first(quaternion[frames])
+        window: Window = self.windows[index]
+        episode, frames = window.episode, list(window.frames)
+        turns, unknown = episode.extra.get("hand_quaternion_wxyz"), np.full((len(frames), 3), np.nan, np.float32)
+        return episode.gripper_open[frames].astype(np.float32), unknown if turns is None else rotation_from_first(turns[frames])
 
     def check_actions(self, action_head: str) -> None:
         """Nothing, or `MvwanError` when no window has the labels that `model.action_head` learns from, or an opening is not in 0..1."""
         if action_head == "none":
             return
-        for episode in {window.episode.name: window.episode for window in self.windows}.values():
+        for episode in self.windows.used_episodes():
             outside = episode.gripper_open[(episode.gripper_open < 0) | (episode.gripper_open > 1)]
             if len(outside):
                 raise MvwanError(
                     f"model.action_head={action_head}: episode {episode.name} has gripper_open={outside[0]:g}, needs 0 (closed) to 1 "
                     "(open). Rescale it in the dataset, or set model.action_head=none."
                 )
-        labels = zip(*(self.actions(index) for index in range(len(self))), strict=True)
-        openings, turns = (any(np.isfinite(label[1:]).any() for label in kind) for kind in labels)
-        if not openings:
+
+        def known(kind: int) -> bool:
+            return any(np.isfinite(self.actions(index)[kind][1:]).any() for index in range(len(self)))
+
+        if not known(0):
             raise MvwanError(
                 f"model.action_head={action_head}: no window of the dataset says how far the gripper is open (gripper_open in "
                 "observation.state). Record it, or set model.action_head=none."
             )
-        if action_head == "gripper_rotation" and not turns:
+        if action_head == "gripper_rotation" and not known(1):
             raise MvwanError(
                 "model.action_head=gripper_rotation: no window of the dataset says how the hand is turned (hand_quaternion_wxyz of its "
                 "episodes; hand_qw, hand_qx, hand_qy, hand_qz in observation.state). Record it, or set model.action_head=gripper."
             )
 
-    def pictures_at(self, indices: Sequence[int], place: int) -> Iterator[np.ndarray]:
-        """The plain picture number `place` of each of the windows, [V H W 3] uint8; neighbours of one episode are read together."""
-        for start in range(0, len(indices), _READ_TOGETHER):
-            windows = [self.windows[index] for index in indices[start : start + _READ_TOGETHER]]
+    def check_calibrated(self, view_code: str) -> None:
+        """Nothing, or `MvwanError` when `model.view_code` needs cameras and an episode does not say where its own stood."""
+        unknown = [episode.name for episode in self.windows.used_episodes() if episode.uv_px is not None]
+        if view_code != "slot" and unknown:
+            raise MvwanError(
+                f"model.view_code={view_code}: episode {unknown[0]} is labelled in pictures of cameras that nobody calibrated, so there "
+                "are no rays in space. Set model.view_code=slot, or train on calibrated data."
+            )
+
+    def pictures_at(self, indices: Sequence[int], place: int) -> Iterator[np.ndarray | None]:
+        """The plain picture number `place` of each of the windows, [V H W 3] uint8; neighbours of one episode are read together.
+
+        None for one that cannot be decoded where `data.on_corrupt` says to go without.
+        """
+        for start in range(0, len(indices), READ_TOGETHER):
+            windows: list[Window] = [self.windows[index] for index in indices[start : start + READ_TOGETHER]]
             for _, group in groupby(windows, key=lambda window: window.episode.name):
                 same = list(group)
                 frames = [window.frames[place] for window in same]
-                cameras = _views(same[0].episode, self._camera_names)
-                rgb = self._read_rgb(same[0].episode, frames, cameras)
-                yield from resize(rgb, cameras, self.data.height_px, self.data.width_px)[0].swapaxes(0, 1)
+                try:
+                    yield from self._plain(same[0].episode, frames)
+                except MvwanError:
+                    if self.data.on_corrupt == "stop":
+                        raise
+                    yield from (self._plain_or_none(same[0].episode, frame) for frame in frames)
 
-    def _read_rgb(self, episode: Episode, frames: Sequence[int], cameras: Sequence[Camera], **changes: Any) -> np.ndarray:
-        """[V F H W 3] uint8 of the chosen views, checked against the size that the cameras state. `changes` are those of `CloudFiles`."""
+    def _plain(self, episode: Episode, frames: Sequence[int]) -> np.ndarray:
+        """[F V H W 3] uint8."""
+        cameras = _views(episode, self._camera_names)
+        rgb = self._chosen(episode, episode.read_rgb(frames), cameras)
+        return resize(rgb, cameras, self.data.height_px, self.data.width_px)[0].swapaxes(0, 1)
+
+    def _plain_or_none(self, episode: Episode, frame: int) -> np.ndarray | None:
+        try:
+            return self._plain(episode, [frame])[0]
+        except MvwanError:
+            return None
+
+    def _chosen(self, episode: Episode, rgb: np.ndarray, cameras: Sequence[Camera]) -> np.ndarray:
+        """[V F H W 3] uint8 of the chosen views out of all of the episode's, checked against the size that the cameras state."""
         order_of_episode = [camera.name for camera in episode.cameras]
-        rgb = episode.read_rgb(frames, **changes)[[order_of_episode.index(name) for name in self._camera_names]]
+        rgb = rgb[[order_of_episode.index(name) for name in self._camera_names]]
         for camera in cameras:
-            needed = (len(cameras), len(frames), camera.height_px, camera.width_px, 3)
+            needed = (len(cameras), rgb.shape[1], camera.height_px, camera.width_px, 3)
             if rgb.shape != needed or rgb.dtype != np.uint8:
                 raise MvwanError(
                     f"episode {episode.name}: pictures are {rgb.shape} {rgb.dtype}, camera {camera.name} needs {needed} uint8. "
@@ -269,7 +387,17 @@ class WindowDataset:
     @cached_property
     def fingerprint(self) -> str:
         """64 hex digits that change with whatever the pixels and labels of any sample depend on."""
-        return sha256_json([self.sample_fingerprint(index, variant) for index in range(len(self)) for variant in range(self.num_variants)])
+        total = hashlib.sha256()  # the hash of the list of all as JSON, without such a list in memory
+        for item, name in enumerate(self.sample_fingerprints):
+            total.update(f'{"," if item else "["}"{name.tobytes().hex()}"'.encode())
+        total.update(b"]" if len(self) else b"[]")
+        return total.hexdigest()
+
+    @cached_property
+    def sample_fingerprints(self) -> np.ndarray:
+        """[N * variants, 32] uint8: the bytes of `sample_fingerprint` of every item."""
+        items = (divmod(item, self.num_variants) for item in range(len(self) * self.num_variants))
+        return np.frombuffer(b"".join(bytes.fromhex(self.sample_fingerprint(*item)) for item in items), np.uint8).reshape(-1, 32)
 
     def sample_fingerprint(self, index: int, variant: int = 0) -> str:
         """64 hex digits that change with whatever the pixels and labels of this sample depend on, and with nothing else.
@@ -277,22 +405,28 @@ class WindowDataset:
         Growing the dataset, another stride or split, and (for variant 0) another seed or augmentation leave it as it is.
         """
         window = self.windows[index]
-        augment = {"seed": self.seed, **{key: value for key, value in asdict(self.data.augment).items() if key != "variants"}}
         return sha256_json(
             {
                 "version": _PIXEL_VERSION,
-                "sample_id": self.sample_id(index, variant),
+                "sample_id": _sample_id(window, variant),
                 "episode": self._episode_fingerprints[window.episode.name],
                 "frames": list(window.frames),
                 "size_px": [self.data.height_px, self.data.width_px],
-                "augment": augment if variant else None,
+                "augment": self._augmentation if variant else None,
             }
         )
 
     @cached_property
+    def _augmentation(self) -> dict[str, Any]:
+        return {"seed": self.seed, **{key: value for key, value in asdict(self.data.augment).items() if key != "variants"}}
+
+    @cached_property
     def _episode_fingerprints(self) -> dict[str, str]:
-        episodes = {window.episode.name: window.episode for window in self.windows}
-        return {name: _episode_fingerprint(episode, self._camera_names) for name, episode in episodes.items()}
+        return {episode.name: _episode_fingerprint(episode, self._camera_names) for episode in self.windows.used_episodes()}
+
+
+def _sample_id(window: Window, variant: int) -> str:
+    return f"{window.episode.name}@{window.frames[0]}#{variant}"
 
 
 def _episode_fingerprint(episode: Episode, camera_names: Sequence[str]) -> str:
@@ -311,14 +445,6 @@ def _episode_fingerprint(episode: Episode, camera_names: Sequence[str]) -> str:
         labels.update(np.ascontiguousarray(values).tobytes())
     cameras = [camera.to_dict() for camera in _views(episode, camera_names)]
     return sha256_json([pictures, labels.hexdigest(), episode.instruction, cameras])
-
-
-def _starts(num_frames: int, span: int, stride: int) -> list[int]:
-    """First frames of the windows: every `stride`, and one whose last frame is the last of `num_frames`."""
-    starts = list(range(0, num_frames - span + 1, stride))
-    if starts and starts[-1] != num_frames - span:
-        starts.append(num_frames - span)
-    return starts
 
 
 def _split(episodes: Sequence[Episode], share: float, split: str, seed: int) -> list[Episode]:

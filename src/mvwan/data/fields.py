@@ -1,12 +1,13 @@
 """One field, path or column of a stranger's dataset, of the right kind, or an `MvwanError` that names it.
 
-Knows JSON objects, parquet tables and folders; what the fields are for, the format's own file knows.
+Knows JSON objects, parquet tables, unpickled values and folders; what the fields are for, the format's own file knows.
 """
 
 import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -43,6 +44,7 @@ def get(values: Any, key: str, kind: str, where: str | Path) -> Any:
     return values[key]
 
 
+@lru_cache(maxsize=1024)
 def inside(root: Path, template: str, where: str | Path, **values: str | int) -> Path:
     """`root` joined with the filled template, which may name `values` only and never leaves the folder."""
     try:
@@ -107,3 +109,30 @@ def numbers(table: pa.Table, key: str, dtype: str, shape: Sequence[int], path: P
         )
     found = flat.to_numpy(zero_copy_only=False)
     return found.reshape(len(table), *shape) if nested else found
+
+
+def array_in(value: Any, shape: Sequence[int | None], where: str | Path, kinds: str = "iuf", words: str = "numbers") -> np.ndarray:
+    """The numbers of these kinds in an unpickled value: an array of that shape (None: any size), or lists where each size is given.
+
+    `where` starts the message. Lists are measured before numpy sees them: lists of one list over and over would keep it busy for ever.
+    """
+    array = value if isinstance(value, np.ndarray) else np.asarray(value) if _is_nested(value, shape) else np.array(None)
+    fits = array.dtype.kind in kinds and array.ndim == len(shape)
+    if not fits or any(wanted not in (None, given) for wanted, given in zip(shape, array.shape, strict=True)):
+        sizes = " x ".join("any" if side is None else str(side) for side in shape)
+        held = f"{array.dtype} {array.shape}" if isinstance(value, np.ndarray) else shown(value)
+        raise MvwanError(f"{where}: holds {held}, needs {f'{sizes} {words}' if shape else words}. {AGAIN}")
+    return array
+
+
+def _is_nested(value: Any, shape: Sequence[int | None]) -> bool:
+    if not shape:
+        return isinstance(value, int | float | np.generic)
+    return isinstance(value, list | tuple) and len(value) == shape[0] and all(_is_nested(item, shape[1:]) for item in value)
+
+
+def shown(value: Any) -> str:
+    """An unpickled value in a message: a text or number as it is, of everything else its type, since what is inside may have no end."""
+    if value is None or isinstance(value, str | float | np.generic) or (isinstance(value, int) and abs(value) < _COUNTS_END):
+        return repr(value)[:60]
+    return f"{type(value).__name__} of length {len(value)}" if isinstance(value, list | tuple | dict) else type(value).__name__

@@ -33,13 +33,23 @@ from mvwan.data.episode import (
     PIXEL_FORMAT,
     VIDEO_CODEC,
     VideoFrames,
-    VideoWriter,
     count_frames,
-    count_values,
     summarise,
     summarise_pictures,
 )
 from mvwan.data.fields import AGAIN, get, inside, numbers, read_table, rows_of
+from mvwan.data.left_out import LeftOut, leaving_out
+from mvwan.data.lerobot_files import (
+    DATA_FILE_MB,
+    DATA_PATH,
+    EPISODES_PATH,
+    FILES_PER_CHUNK,
+    VIDEO_FILE_MB,
+    VIDEO_PATH,
+    RowFile,
+    VideoTrack,
+    video_key,
+)
 from mvwan.errors import MvwanError, nearest
 from mvwan.files import read_json, sha256_file, sha256_json, whole_directory, write_file, write_json
 
@@ -49,26 +59,9 @@ HAND_NAMES = ("hand_x_m", "hand_y_m", "hand_z_m")
 GRIPPER_NAME = "gripper_open"
 QUATERNION_NAMES = ("hand_qw", "hand_qx", "hand_qy", "hand_qz")
 _STATE, _ACTION, _SUCCESS = "observation.state", "action", "next.success"
-_FILES_PER_CHUNK = 1000
-_DATA_FILE_MB = 100
-_VIDEO_FILE_MB = 200
 _INFO, _CAMERAS = "meta/info.json", "meta/cameras.json"
 _MOST_FPS = 1000
-_PLACE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
-_DATA_PATH = f"data/{_PLACE}.parquet"
-_VIDEO_PATH = "videos/{video_key}/" + f"{_PLACE}.mp4"
-_EPISODES_PATH = f"meta/episodes/{_PLACE}.parquet"
 _INDEX_FEATURES = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64", "task_index": "int64"}
-
-
-def video_key(camera: str) -> str:
-    """LeRobot's name of a camera's pictures."""
-    return f"observation.images.{camera}"
-
-
-def _next_place(place: tuple[int, int]) -> tuple[int, int]:
-    chunk, file = place
-    return (chunk + 1, 0) if file == _FILES_PER_CHUNK - 1 else (chunk, file + 1)
 
 
 @contextmanager
@@ -119,8 +112,8 @@ class LeRobotWriter:
         self._cameras = tuple(cameras)
         self._features = _features(cameras, fps, action_names, with_quaternion)
         self._calibration = _calibration_columns(cameras)
-        self._tracks = [_VideoTrack(folder, camera, fps) for camera in cameras]
-        self._rows = _RowFile(folder, self._features)
+        self._tracks = [VideoTrack(folder, camera, fps) for camera in cameras]
+        self._rows = RowFile(folder, self._features)
         self._tasks: dict[str, int] = {}
         self._episodes: list[dict[str, Any]] = []
         self._columns: list[dict[str, np.ndarray]] = []
@@ -194,85 +187,20 @@ class LeRobotWriter:
             "total_episodes": len(self._episodes),
             "total_frames": self._num_frames,
             "total_tasks": len(self._tasks),
-            "chunks_size": _FILES_PER_CHUNK,
-            "data_files_size_in_mb": _DATA_FILE_MB,
-            "video_files_size_in_mb": _VIDEO_FILE_MB,
+            "chunks_size": FILES_PER_CHUNK,
+            "data_files_size_in_mb": DATA_FILE_MB,
+            "video_files_size_in_mb": VIDEO_FILE_MB,
             "fps": self._fps,
             "splits": {"train": f"0:{len(self._episodes)}"},
-            "data_path": _DATA_PATH,
-            "video_path": _VIDEO_PATH,
+            "data_path": DATA_PATH,
+            "video_path": VIDEO_PATH,
             "features": self._features,
         }
         write_json(self._folder / _INFO, info)
         write_json(self._folder / "meta/stats.json", totals)
         write_json(self._folder / _CAMERAS, {"cameras": [camera.to_dict() for camera in self._cameras]})
         _write_table(self._folder / "meta/tasks.parquet", _tasks_table(self._tasks))
-        _write_table(self._folder / _EPISODES_PATH.format(chunk_index=0, file_index=0), pa.Table.from_pylist(self._episodes))
-
-
-class _VideoTrack:
-    """The videos of one camera: appends episodes and starts a new file when one is full."""
-
-    def __init__(self, folder: Path, camera: Camera, fps: int) -> None:
-        self.key = video_key(camera.name)
-        self.counts = np.zeros((3, 256), np.int64)
-        self._folder, self._camera, self._fps = folder, camera, fps
-        self._place = (0, 0)
-        self._writer: VideoWriter | None = None
-
-    def add(self, pictures: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
-        """(the episode's columns that say where its pictures are, how often each value 0..255 occurs per colour [3 256])."""
-        if self._writer is not None and self._writer.num_bytes >= _VIDEO_FILE_MB * 2**20:
-            self.close()
-            self._place = _next_place(self._place)
-        chunk, file = self._place
-        if self._writer is None:
-            path = self._folder / _VIDEO_PATH.format(video_key=self.key, chunk_index=chunk, file_index=file)
-            self._writer = VideoWriter(path, self._fps, self._camera.height_px, self._camera.width_px)
-        first = self._writer.num_frames
-        self._writer.add(pictures)
-        counts = count_values(pictures)
-        self.counts += counts
-        places = {"chunk_index": chunk, "file_index": file}
-        places |= {"from_timestamp": first / self._fps, "to_timestamp": self._writer.num_frames / self._fps}
-        return {f"videos/{self.key}/{name}": value for name, value in places.items()}, counts
-
-    def close(self) -> None:
-        """Nothing; ends the file under construction."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.close()
-
-
-class _RowFile:
-    """The parquet files with one row per frame: appends episodes and starts a new file when one is full."""
-
-    def __init__(self, folder: Path, features: Mapping[str, Any]) -> None:
-        self._folder = folder
-        self._schema = pa.schema([(key, _arrow_type(feature)) for key, feature in features.items() if feature["dtype"] != "video"])
-        self._place = (0, 0)
-        self._path = folder
-        self._writer: pq.ParquetWriter | None = None
-
-    def add(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """The episode's columns that say where its rows are."""
-        if self._writer is not None and self._path.stat().st_size >= _DATA_FILE_MB * 2**20:
-            self.close()
-            self._place = _next_place(self._place)
-        chunk, file = self._place
-        if self._writer is None:
-            self._path = self._folder / _DATA_PATH.format(chunk_index=chunk, file_index=file)
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = pq.ParquetWriter(self._path, self._schema, compression="snappy")
-        arrays = [_arrow_array(columns[field.name], field.type) for field in self._schema]
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
-        return {"data/chunk_index": chunk, "data/file_index": file}
-
-    def close(self) -> None:
-        """Nothing; ends the file under construction."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.close()
+        _write_table(self._folder / EPISODES_PATH.format(chunk_index=0, file_index=0), pa.Table.from_pylist(self._episodes))
 
 
 def _features(cameras: Sequence[Camera], fps: int, action_names: Sequence[str], with_quaternion: bool) -> dict[str, Any]:
@@ -306,17 +234,6 @@ def _calibration_columns(cameras: Sequence[Camera]) -> dict[str, np.ndarray]:
     return columns
 
 
-def _arrow_type(feature: Mapping[str, Any]) -> pa.DataType:
-    value = {"float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_()}[feature["dtype"]]
-    return value if feature["shape"] == [1] else pa.list_(value, feature["shape"][0])
-
-
-def _arrow_array(values: np.ndarray, kind: pa.DataType) -> pa.Array:
-    if values.ndim == 1:
-        return pa.array(values, kind)
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-
-
 def _tasks_table(tasks: Mapping[str, int]) -> pa.Table:
     """`task_index` indexed by the instruction, with the note by which pandas finds the index again."""
     index = "__index_level_0__"
@@ -338,23 +255,26 @@ def _write_table(path: Path, table: pa.Table) -> None:
     write_file(path, buffer.getvalue())
 
 
-def read_lerobot(root: str | Path, cameras: Sequence[str] | None = None) -> tuple[Episode, ...]:
+def read_lerobot(root: str | Path, cameras: Sequence[str] | None = None, left_out: list[LeftOut] | None = None) -> tuple[Episode, ...]:
     """The episodes of a dataset, in order, with the named cameras (None: all, in the order of `meta/cameras.json`).
 
     Pictures are decoded when asked for. `MvwanError` naming the file, and the episode where there is one, for a folder that is no
-    LeRobot v3 dataset, a missing or broken file, a missing column, uncalibrated cameras, or videos shorter than the table says.
+    LeRobot v3 dataset, a missing or broken file, a missing column, uncalibrated cameras, or videos shorter than the table says. With a
+    list `left_out`, an episode that stands on such data or video files is added to that instead; the folder `meta` must be whole.
     """
     root = Path(root)
     if not os.path.isfile(root / _INFO):
         raise MvwanError(f"{root}: not a LeRobot dataset, {_INFO} is missing. Give the folder that holds meta/, data/ and videos/.")
-    return _Reader(root, cameras).episodes()
+    return _Reader(root, cameras, left_out).episodes()
 
 
 class _Reader:
     """One dataset folder: its description, read and checked; then its episodes."""
 
-    def __init__(self, root: Path, cameras: Sequence[str] | None) -> None:
-        self._root, self._episodes = root, root / "meta/episodes"
+    def __init__(self, root: Path, cameras: Sequence[str] | None, left_out: list[LeftOut] | None) -> None:
+        self._root, self._episodes, self._left_out = root, root / "meta/episodes", left_out
+        self._broken: dict[Path, MvwanError] = {}
+        self._videos: dict[Path, tuple[int, str]] = {}
         info = read_json(root / _INFO)
         version = get(info, "codebase_version", "text", root / _INFO)
         if not version.startswith("v3."):
@@ -419,55 +339,87 @@ class _Reader:
         if not table:
             raise MvwanError(f"{self._episodes}: lists no episode. {AGAIN}")
         rows = self._read_rows(table)
-        videos = sorted({path for row in table for path, _ in self._video_places(row)})
-        lengths, hashes = {path: count_frames(path) for path in videos}, {path: sha256_file(path) for path in videos}
-        result = tuple(self._episode(row, rows, lengths, hashes) for row in table)
+        order = np.argsort(rows["episode_index"], kind="stable")
+        indices = rows["episode_index"][order]
+        result: list[Episode] = []
+        for number, row in enumerate(table):
+            with leaving_out(self._name(row, number), self._left_out):
+                first, end = np.searchsorted(indices, (index := self._count(row, "episode_index"), index + 1))
+                result.append(self._episode(row, rows, order[first:end]))
         twice = [name for name, times in Counter(episode.name for episode in result).items() if times > 1]
         if twice:
             raise MvwanError(
                 f"{self._root}: {twice[0]} is in it twice, so that one could train while the other validates. Remove one of them."
             )
-        return result
+        return tuple(result)
+
+    def _count(self, row: Mapping[str, Any], key: str) -> int:
+        return get(row, key, "count", self._episodes)
+
+    def _name(self, row: Mapping[str, Any], index: int) -> str:
+        """The episode's own name, else one after its number."""
+        return get(row, "name", "text", self._episodes) if row.get("name") else f"{self._root.name}/{index:06d}"
+
+    def _data_file(self, row: Mapping[str, Any]) -> Path:
+        place: dict[str, str | int] = {name: self._count(row, f"data/{name}") for name in ("chunk_index", "file_index")}
+        return inside(self._root, self._data_path, self._root / _INFO, **place)
 
     def _read_rows(self, table: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """Column -> values of all frames, from the data files that the episodes name."""
-        places = [{name: get(row, f"data/{name}", "count", self._episodes) for name in ("chunk_index", "file_index")} for row in table]
         features = {key: self._feature(key) for key in (_STATE, _ACTION, _SUCCESS, *_INDEX_FEATURES) if key in self._features}
         for key in ("episode_index", "frame_index"):
             if self._feature(key)["dtype"] != "int64":
                 raise MvwanError(f"{self._root / _INFO}: {key} is {self._feature(key)['dtype']}, needs int64. {AGAIN}")
         parts: dict[str, list[np.ndarray]] = {key: [] for key in features}
-        for path in sorted({inside(self._root, self._data_path, self._root / _INFO, **place) for place in places}):
-            rows = read_table(path)
-            for key, feature in features.items():
-                parts[key].append(numbers(rows, key, feature["dtype"], feature["shape"], path))
+        for path in sorted({self._data_file(row) for row in table}):
+            try:
+                rows = read_table(path, leave_out="camera.")  # calibration: `meta/cameras.json` has it
+                found = {key: numbers(rows, key, feature["dtype"], feature["shape"], path) for key, feature in features.items()}
+            except MvwanError as error:
+                self._broken[path] = error
+                continue
+            for key, values in found.items():
+                parts[key].append(values)
+        if self._broken and (self._left_out is None or not parts["episode_index"]):
+            raise next(iter(self._broken.values()))
         return {key: np.concatenate(part) for key, part in parts.items()}
+
+    def _video(self, path: Path) -> tuple[int, str]:
+        """(pictures, hash) of a video file."""
+        if path in self._broken:
+            raise self._broken[path]
+        if path not in self._videos:
+            try:
+                self._videos[path] = count_frames(path), sha256_file(path)
+            except MvwanError as error:
+                self._broken[path] = error
+                raise
+        return self._videos[path]
 
     def _video_places(self, row: Mapping[str, Any]) -> list[tuple[Path, int]]:
         """(file, first frame in it) of an episode for every camera."""
         places = []
         for key in (video_key(camera.name) for camera in self._cameras):
-            chunk, file = (get(row, f"videos/{key}/{name}", "count", self._episodes) for name in ("chunk_index", "file_index"))
+            chunk, file = (self._count(row, f"videos/{key}/{name}") for name in ("chunk_index", "file_index"))
             start_s = get(row, f"videos/{key}/from_timestamp", "number", self._episodes)
             path = inside(self._root, self._video_path, self._root / _INFO, video_key=key, chunk_index=chunk, file_index=file)
             places.append((path, round(start_s * self._fps)))
         return places
 
-    def _episode(
-        self, row: Mapping[str, Any], rows: Mapping[str, np.ndarray], lengths: Mapping[Path, int], hashes: Mapping[Path, str]
-    ) -> Episode:
-        index, length = (get(row, key, "count", self._episodes) for key in ("episode_index", "length"))
-        name = get(row, "name", "text", self._episodes) if row.get("name") else f"{self._root.name}/{index:06d}"
-        mine = np.flatnonzero(rows["episode_index"] == index)
+    def _episode(self, row: Mapping[str, Any], rows: Mapping[str, np.ndarray], mine: np.ndarray) -> Episode:
+        """The episode of a row of the table; `mine` are its places in `rows`."""
+        if (data_file := self._data_file(row)) in self._broken:
+            raise self._broken[data_file]
+        length, name = self._count(row, "length"), self._name(row, self._count(row, "episode_index"))
         if len(mine) != length or not np.array_equal(rows["frame_index"][mine], np.arange(length)):
             raise MvwanError(
                 f"episode {name}: {self._root / 'data'} holds {len(mine)} of its rows in order, meta/episodes says {length}. {AGAIN}"
             )
         places = self._video_places(row)
         for path, first in places:
-            if lengths[path] < first + length:
+            if (held := self._video(path)[0]) < first + length:
                 raise MvwanError(
-                    f"episode {name}: {path} holds {lengths[path]} pictures, pictures {first} to {first + length - 1} are needed. {AGAIN}"
+                    f"episode {name}: {path} holds {held} pictures, pictures {first} to {first + length - 1} are needed. {AGAIN}"
                 )
         own = {key: values[mine] for key, values in rows.items() if key not in _INDEX_FEATURES}
         state = own[_STATE]
@@ -478,7 +430,7 @@ class _Reader:
             extra["hand_quaternion_wxyz"] = state[:, self._quaternion].astype(np.float64)
         instruction = get(row, "tasks", "texts", self._episodes)[0]
         identity = [name, instruction, self._fps, [camera.to_dict() for camera in self._cameras]]
-        identity += [[hashes[path], first] for path, first in places]
+        identity += [[self._video(path)[1], first] for path, first in places]
         identity += [hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest() for values in own.values()]
         return Episode(
             name=name,

@@ -12,16 +12,16 @@ frame only; the views stay in step. Scenes of the test split are left out.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from mvwan.batch import Episode
 from mvwan.cameras import Camera
 from mvwan.data.fields import AGAIN
+from mvwan.data.left_out import LeftOut, leaving_out
+from mvwan.data.picture_files import PictureFiles, size_px_of
 from mvwan.errors import MvwanError
 from mvwan.files import read_text, sha256_json
 
@@ -37,10 +37,10 @@ def is_mvtrack(root: Path) -> bool:
     return any(_views_of(scene) for scene in _folders(root))
 
 
-def read_mvtrack(root: str | Path, cameras: Sequence[str] | None = None) -> list[Episode]:
+def read_mvtrack(root: str | Path, cameras: Sequence[str] | None = None, left_out: list[LeftOut] | None = None) -> list[Episode]:
     """The scenes in the order of their names, views in the order of their numbers and named `view1`, `view2`, …; `cameras` None: all.
 
-    Raises `MvwanError` naming the scene, and the view or file at fault.
+    Raises `MvwanError` naming the scene, and the view or file at fault; with a list `left_out`, such a scene is added to that instead.
     """
     root = Path(root)
     splits = _read_splits(root)
@@ -54,7 +54,8 @@ def read_mvtrack(root: str | Path, cameras: Sequence[str] | None = None) -> list
             raise MvwanError(f"scene {scene.name}: its views are in different splits ({', '.join(sorted(found))}). {AGAIN}")
         (split,) = found
         if split in ("train", "validation"):
-            episodes.append(_episode(scene, views, cameras, split if splits else None))
+            with leaving_out(scene.name, left_out):
+                episodes.append(_episode(scene, views, cameras, split if splits else None))
     return episodes
 
 
@@ -91,7 +92,7 @@ def _episode(scene: Path, views: Sequence[Path], cameras: Sequence[str] | None, 
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise MvwanError(f"scene {scene.name}: its views have different numbers of pictures ({listed}). {AGAIN}")
-    sizes = {name: _size_px(found[0]) for name, found in paths.items()}
+    sizes = {name: size_px_of(found[0]) for name, found in paths.items()}
     height, width = next(iter(sizes.values()))
     uv_px = np.stack([_middles(chosen[name], counts[name]) * (width / size[1], height / size[0]) for name, size in sizes.items()])
     frames = uv_px.shape[1]
@@ -157,45 +158,3 @@ def _numbers(text: str, path: Path, row: int, count: int) -> np.ndarray:
     if values.shape != (count,) or (np.abs(values[np.isfinite(values)]) > _LARGEST_PX).any():
         raise MvwanError(f"{path}: entry {row} is {text[:60]!r}, needs {count} number{'s' if count > 1 else ''}. {AGAIN}")
     return values
-
-
-def _size_px(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as picture:
-            return picture.height, picture.width
-    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise MvwanError(f"{path}: cannot be decoded ({type(error).__name__}). {AGAIN}") from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureFiles:
-    """The pictures of one episode, a file each: call it with frame numbers. Plain data, so that it crosses to worker processes."""
-
-    name: str
-    """The episode, for messages."""
-    paths: tuple[tuple[Path, ...], ...]
-    """Per view, a file per frame."""
-    sizes_px: tuple[tuple[int, int], ...]
-    """(height, width) of each view's files; all are brought to that of the first."""
-
-    def __call__(self, frames: Sequence[int]) -> np.ndarray:
-        """[V len(frames) H W 3] uint8. `MvwanError` naming the episode, the frame and the file when a picture cannot be decoded."""
-        views = zip(self.paths, self.sizes_px, strict=True)
-        return np.stack([np.stack([self._read(paths[frame], size, frame) for frame in frames]) for paths, size in views])
-
-    def _read(self, path: Path, size_px: tuple[int, int], frame: int) -> np.ndarray:
-        height, width = self.sizes_px[0]
-        try:
-            with Image.open(path) as picture:
-                found = (picture.height, picture.width)
-                if found != size_px:
-                    raise MvwanError(
-                        f"episode {self.name}, frame {frame}: {path} is {found[0]} x {found[1]} px, the first picture of its view "
-                        f"{size_px[0]} x {size_px[1]}. {AGAIN}"
-                    )
-                rgb = picture.convert("RGB")
-                return np.asarray(rgb if found == (height, width) else rgb.resize((width, height), Image.Resampling.BICUBIC))
-        except MvwanError:
-            raise
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise MvwanError(f"episode {self.name}, frame {frame}: {path} cannot be decoded ({type(error).__name__}). {AGAIN}") from None

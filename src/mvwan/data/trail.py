@@ -22,7 +22,8 @@ import torch
 from mvwan.batch import Episode
 from mvwan.cameras import Camera
 from mvwan.config import TrailConfig
-from mvwan.data.fields import AGAIN
+from mvwan.data.fields import AGAIN, array_in, shown
+from mvwan.data.left_out import LeftOut, leaving_out
 from mvwan.data.point_clouds import splat, virtual_rig
 from mvwan.errors import MvwanError
 from mvwan.files import read_text, sha256_json
@@ -39,10 +40,13 @@ def is_trail(root: Path) -> bool:
     return any(_trails(folder) for folder in (root, *_folders(root)))
 
 
-def read_trail(root: str | Path, settings: TrailConfig, cameras: Sequence[str] | None = None) -> list[Episode]:
+def read_trail(
+    root: str | Path, settings: TrailConfig, cameras: Sequence[str] | None = None, left_out: list[LeftOut] | None = None
+) -> list[Episode]:
     """The demonstrations of every task, in the order of the tasks' names and the trails' numbers; `cameras` are virtual ones, None: all.
 
-    Raises `MvwanError` naming the trail and the file at fault, or when `settings` leave none.
+    Raises `MvwanError` naming the trail and the file at fault, or when `settings` leave none. With a list `left_out`, a trail that is
+    damaged is added to that instead.
     """
     root = Path(root)
     rig = virtual_rig(settings.scene_bounds_m, settings.size_px)
@@ -56,7 +60,11 @@ def read_trail(root: str | Path, settings: TrailConfig, cameras: Sequence[str] |
             f"{root}: data.trail.first={settings.first} and data.trail.last={settings.last} leave no demonstration; there are trails "
             f"{numbers[0]} to {numbers[-1]}. Set data.trail."
         )
-    return [_episode(task, trail, settings, rig, chosen) for task, trail in kept]
+    episodes = []
+    for task, trail in kept:
+        with leaving_out(f"{task.name}/{trail.name}", left_out):
+            episodes.append(_episode(task, trail, settings, rig, chosen))
+    return episodes
 
 
 def _folders(root: Path) -> list[Path]:
@@ -101,22 +109,8 @@ def _episode(task: Path, trail: Path, settings: TrailConfig, rig: tuple[Camera, 
     ).check()
 
 
-def _array(path: Path, shape: tuple[int | None, ...], kinds: str = "iuf", words: str = "numbers") -> np.ndarray:
-    """The array in a pickle, of that shape (None: any size) and one of these kinds of numbers."""
-    value = read_pickle(path)
-    try:
-        array = np.asarray(value)
-    except (ValueError, TypeError, OverflowError):  # lists of different lengths
-        array = np.array(None)
-    fits = array.dtype.kind in kinds and array.ndim == len(shape)
-    if not fits or any(wanted not in (None, given) for wanted, given in zip(shape, array.shape, strict=True)):
-        sizes = " x ".join("any" if side is None else str(side) for side in shape)
-        raise MvwanError(f"{path}: holds {type(value).__name__} of {array.dtype} {array.shape}, needs {sizes} {words}. {AGAIN}")
-    return array
-
-
 def _pose(path: Path) -> np.ndarray:
-    pose = _array(path, (7,)).astype(np.float64)
+    pose = array_in(read_pickle(path), (7,), path).astype(np.float64)
     if not np.isfinite(pose).all():
         raise MvwanError(f"{path}: NaN or infinity in a pose. {AGAIN}")
     return pose
@@ -125,7 +119,7 @@ def _pose(path: Path) -> np.ndarray:
 def _is_open(path: Path) -> bool:
     value = read_pickle(path)
     if not isinstance(value, bool | np.bool_ | int) or value not in (0, 1):
-        raise MvwanError(f"{path}: holds {str(value)[:40]!r}, needs true (open) or false. {AGAIN}")
+        raise MvwanError(f"{path}: holds {shown(value)}, needs true (open) or false. {AGAIN}")
     return bool(value)
 
 
@@ -133,13 +127,11 @@ def _extrinsics(path: Path) -> dict[str, np.ndarray]:
     value = read_pickle(path)
     found: dict[str, np.ndarray] = {}
     for sensor in SENSORS:
-        try:
-            matrix = np.asarray(value[sensor], np.float64)
-        except (KeyError, TypeError, ValueError, IndexError):
-            matrix = np.zeros(0)
-        rigid = matrix.shape == (4, 4) and np.isfinite(matrix).all() and np.allclose(matrix[3], (0, 0, 0, 1), atol=1e-4)
+        where = f"{path}: {sensor!r}"
+        matrix = array_in(value.get(sensor) if isinstance(value, dict) else None, (4, 4), where).astype(np.float64)
+        rigid = np.isfinite(matrix).all() and np.allclose(matrix[3], (0, 0, 0, 1), atol=1e-4)
         if not rigid or not np.allclose(matrix[:3, :3] @ matrix[:3, :3].T, np.eye(3), atol=1e-3) or np.linalg.det(matrix[:3, :3]) < 0:
-            raise MvwanError(f"{path}: {sensor!r} is no rotation and shift, [4 4] from camera to robot. {AGAIN}")
+            raise MvwanError(f"{where} is no rotation and shift, [4 4] from camera to robot. {AGAIN}")
         found[sensor] = matrix
     return found
 
@@ -203,10 +195,11 @@ class CloudFiles:
     def _cloud(self, frame: int, place: int) -> tuple[np.ndarray, np.ndarray]:
         """(points_m [N 3] float64 in the robot's frame and inside the scene, rgb [N 3] uint8) of one sensor."""
         sensor, file = SENSORS[place], f"{self.frames[frame]}.pkl"
-        points = _array(self.folder / f"{sensor}_pcd" / file, (None, None, 3)).astype(np.float64)
-        bgr = _array(self.folder / f"{sensor}_bgr" / file, points.shape, "u", "values of 0 to 255")
+        cloud, colours = self.folder / f"{sensor}_pcd" / file, self.folder / f"{sensor}_bgr" / file
+        points = array_in(read_pickle(cloud), (None, None, 3), cloud).astype(np.float64)
+        bgr = array_in(read_pickle(colours), points.shape, colours, "u", "values of 0 to 255")
         if bgr.dtype != np.uint8:
-            raise MvwanError(f"{self.folder / f'{sensor}_bgr' / file}: holds {bgr.dtype}, needs uint8. {AGAIN}")
+            raise MvwanError(f"{colours}: holds {bgr.dtype}, needs uint8. {AGAIN}")
         points, rgb = points.reshape(-1, 3), bgr.reshape(-1, 3)[:, ::-1]
         base_from_sensor = self.base_from_sensor[place]
         points = points @ base_from_sensor[:3, :3].T + base_from_sensor[:3, 3]

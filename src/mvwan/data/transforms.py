@@ -26,8 +26,18 @@ class Augmentation:
 
 def resize(rgb: np.ndarray, cameras: Sequence[Camera], height_px: int, width_px: int) -> tuple[np.ndarray, tuple[Camera, ...]]:
     """(rgb [V F height_px width_px 3] uint8, their cameras) of rgb [V F H W 3] uint8; shrinking averages, so it does not alias."""
-    whole = np.array([(0, 0, camera.width_px, camera.height_px) for camera in cameras], np.float64)
-    return crop_and_resize(rgb, cameras, whole, height_px, width_px)
+    return crop_and_resize(rgb, cameras, whole_pictures(cameras), height_px, width_px)
+
+
+def whole_pictures(cameras: Sequence[Camera]) -> np.ndarray:
+    """[V 4] the box that leaves nothing out, for each camera."""
+    return np.array([(0, 0, camera.width_px, camera.height_px) for camera in cameras], np.float64)
+
+
+def cropped_cameras(cameras: Sequence[Camera], boxes_px: np.ndarray, height_px: int, width_px: int) -> tuple[Camera, ...]:
+    """The cameras that `crop_and_resize` returns."""
+    boxes = boxes_px.tolist()
+    return tuple(camera.of_box((box[0], box[1], box[2], box[3]), width_px, height_px) for camera, box in zip(cameras, boxes, strict=True))
 
 
 def crop_and_resize(
@@ -37,7 +47,6 @@ def crop_and_resize(
     views, frames, old_height_px, old_width_px, _ = rgb.shape
     assert len(cameras) == views == len(boxes_px), f"crop_and_resize: {len(cameras)} cameras, {len(boxes_px)} boxes for {views} views"
     resized = np.empty((views, frames, height_px, width_px, 3), np.uint8)
-    new_cameras: list[Camera] = []
     for view, (camera, box) in enumerate(zip(cameras, boxes_px, strict=True)):
         assert (camera.width_px, camera.height_px) == (old_width_px, old_height_px), f"camera {camera.name} is not of this picture's size"
         left, top, right, bottom = box.tolist()
@@ -45,8 +54,7 @@ def crop_and_resize(
             picture = Image.fromarray(rgb[view, frame])
             changed = picture.resize((width_px, height_px), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
             resized[view, frame] = np.asarray(changed)
-        new_cameras.append(camera.of_box((left, top, right, bottom), width_px, height_px))
-    return resized, tuple(new_cameras)
+    return resized, cropped_cameras(cameras, boxes_px, height_px, width_px)
 
 
 def move(cameras: Sequence[Camera], point_m: np.ndarray, world_from_old_world: np.ndarray) -> tuple[tuple[Camera, ...], np.ndarray]:

@@ -3,9 +3,11 @@
 Read it top to bottom: block, heads, model with `forward`, and `initial_values`, the one place where new tensors get theirs.
 For V views every block adds, between self-attention and cross-attention,
 
-    x = x + gate_mvs * projector(mvs_attn(norm_mvs(x) * (1 + scale_mvs) + shift_mvs))
+    x = x + gate_mvs * projector(mvs_attn(norm_mvs(x) * (1 + scale_mvs) + shift_mvs [+ camera_code(rays)]))
 
-where `mvs_attn` sees all tokens of all streams within one latent frame, with the stream's index in the time slot of the RoPE.
+where `mvs_attn` sees all tokens of all streams within one latent frame. It tells views apart by `view_code`: "slot" puts the stream's
+index in the time slot of the RoPE; "camera" adds what a linear layer makes of each token's ray in space, and leaves all views of a
+modality in the same slot, so that their order says nothing; "both" does both.
 The projector starts at zero, so an adapted model equals stock Wan on every view alone until it is trained.
 Source: multi-view attention as in SynCamMaster and ReCamMaster (view attention after self-attention, zero projector) on Wan2.2-TI2V.
 Knows nothing of files, LoRA, noise or losses.
@@ -16,6 +18,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import einops
 import torch
 from einops import rearrange
 from torch import nn
@@ -27,6 +30,7 @@ from mvwan.model.wan import FP32LayerNorm, WanAttention, WanAttnProcessor, WanTr
 from mvwan.shapes import FRAMES_PER_LATENT, LATENT_CHANNELS
 
 Fusion = Literal["channel", "view"]
+ViewCode = Literal["slot", "camera", "both"]
 Actions = Literal["none", "gripper", "gripper_rotation"]
 ACTION_WIDTH = 64
 """Numbers that the action head keeps of a token, and of a latent frame."""
@@ -52,7 +56,9 @@ class QueryKeyNorm(nn.RMSNorm):
 class MultiViewWanBlock(WanTransformerBlock):
     """A stock block with view attention. Time modulation comes per latent frame and is broadcast over its tokens and streams."""
 
-    def __init__(self, dim: int, ffn_dim: int, num_heads: int, qk_norm: str, cross_attn_norm: bool, eps: float) -> None:
+    def __init__(
+        self, dim: int, ffn_dim: int, num_heads: int, qk_norm: str, cross_attn_norm: bool, eps: float, knows_cameras: bool = False
+    ) -> None:
         super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
         self.norm_mvs = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.mvs_attn = WanAttention(dim=dim, heads=num_heads, dim_head=dim // num_heads, eps=eps, processor=WanAttnProcessor())
@@ -60,6 +66,7 @@ class MultiViewWanBlock(WanTransformerBlock):
             attention.norm_q, attention.norm_k = QueryKeyNorm(dim, eps=eps), QueryKeyNorm(dim, eps=eps)
         self.projector = nn.Linear(dim, dim)
         self.modulation_mvs = nn.Parameter(torch.zeros(1, 3, dim))
+        self.camera_code = nn.Linear(6, dim, bias=False) if knows_cameras else None
 
     def forward(
         self,
@@ -68,14 +75,15 @@ class MultiViewWanBlock(WanTransformerBlock):
         time: torch.Tensor,
         rope_frames: tuple[torch.Tensor, torch.Tensor],
         rope_streams: tuple[torch.Tensor, torch.Tensor],
+        rays: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x after the block, [B S f n D].
 
         x [B S f n D], S streams; text [B L D], shared by the streams of a sample; time [B f 6 D], one vector per latent frame;
-        rope_frames over (f n), rope_streams over (S n), each (cos, sin).
+        rope_frames over (f n), rope_streams over (S n), each (cos, sin); rays [B S n 6] float32, for a block with a camera code.
         """
         with fastest_attention(x.device):
-            return self._forward(x, text, time, rope_frames, rope_streams)
+            return self._forward(x, text, time, rope_frames, rope_streams, rays)
 
     def _forward(
         self,
@@ -84,6 +92,7 @@ class MultiViewWanBlock(WanTransformerBlock):
         time: torch.Tensor,
         rope_frames: tuple[torch.Tensor, torch.Tensor],
         rope_streams: tuple[torch.Tensor, torch.Tensor],
+        rays: torch.Tensor | None,
     ) -> torch.Tensor:
         streams, frames, tokens = x.shape[1:4]
         table = rearrange(self.scale_shift_table + time.float(), "B f k D -> k B 1 f 1 D")
@@ -96,7 +105,11 @@ class MultiViewWanBlock(WanTransformerBlock):
         x = (x.float() + rearrange(y, "(B S) (f n) D -> B S f n D", S=streams, f=frames) * gate).type_as(x)
 
         # Within each latent frame: all views.
-        y = modulate(self.norm_mvs(x.float()), shift_mvs, scale_mvs).type_as(x)
+        y = modulate(self.norm_mvs(x.float()), shift_mvs, scale_mvs)
+        if self.camera_code is not None and rays is not None:
+            with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round a ray to a fifth of a degree
+                y = y + self.camera_code(rays)[:, :, None]
+        y = y.type_as(x)
         y = self.mvs_attn(rearrange(y, "B S f n D -> (B f) (S n) D"), None, None, rope_streams)
         y = self.projector(y)
         x = (x.float() + rearrange(y, "(B f) (S n) D -> B S f n D", f=frames, S=streams) * gate_mvs).type_as(x)
@@ -158,10 +171,12 @@ class MultiViewWan(WanTransformer3DModel):
     """
 
     # Numerics, decided here for every new tensor. `modulation_mvs` and the heads' `scale_shift_table` are added to time embeddings in
-    # float32 like the stock tables; `norm_mvs`, `norm_out` compute in float32 like stock norms. `mvs_attn` (norm_q, norm_k included),
-    # `projector`, `proj_out` and both patch embeddings follow the model's dtype, as their stock originals do; so do the action head's
-    # products, while it weighs tokens in float32.
-    _keep_in_fp32_modules = [*(WanTransformer3DModel._keep_in_fp32_modules or []), "norm_mvs", "modulation_mvs", "norm_out"]  # noqa: RUF012
+    # float32 like the stock tables; `norm_mvs`, `norm_out` and `camera_code` compute in float32 like stock norms. `mvs_attn` (norm_q,
+    # norm_k included), `projector`, `proj_out` and both patch embeddings follow the model's dtype, as their stock originals do; so do the
+    # action head's products, while it weighs tokens in float32.
+    _keep_in_fp32_modules = [  # noqa: RUF012
+        *(WanTransformer3DModel._keep_in_fp32_modules or []), "norm_mvs", "modulation_mvs", "norm_out", "camera_code"
+    ]  # fmt: skip
     _no_split_modules = ["MultiViewWanBlock"]  # noqa: RUF012
     _repeated_blocks = ["MultiViewWanBlock"]  # noqa: RUF012
     _cp_plan = None  # stock context parallelism splits the token axis that view attention needs whole
@@ -188,6 +203,7 @@ class MultiViewWan(WanTransformer3DModel):
         views: int = 3,
         fusion: Fusion = "channel",
         action_head: Actions = "none",
+        view_code: ViewCode = "slot",
     ) -> None:
         if image_dim is not None or added_kv_proj_dim is not None or pos_embed_seq_len is not None:
             raise MvwanError("the base takes image embeddings (Wan2.1 image-to-video); mvwan adapts Wan2.2-TI2V, which has none")
@@ -204,7 +220,8 @@ class MultiViewWan(WanTransformer3DModel):
         self.register_to_config(num_layers=num_layers)
         dim = num_attention_heads * attention_head_dim
         self.blocks = nn.ModuleList(
-            MultiViewWanBlock(dim, ffn_dim, num_attention_heads, qk_norm or "none", cross_attn_norm, eps) for _ in range(num_layers)
+            MultiViewWanBlock(dim, ffn_dim, num_attention_heads, qk_norm or "none", cross_attn_norm, eps, view_code != "slot")
+            for _ in range(num_layers)
         )
         patch = (patch_size[0], patch_size[1], patch_size[2])
         if fusion == "channel":
@@ -213,6 +230,7 @@ class MultiViewWan(WanTransformer3DModel):
             self.patch_embedding_heatmap = nn.Conv3d(in_channels, dim, kernel_size=patch, stride=patch)
         del self.norm_out, self.proj_out, self.scale_shift_table
         self._patch, self._fusion, self._channels, self._text_dim = patch, fusion, in_channels, text_dim
+        self.view_code: ViewCode = view_code
         self.head_rgb = StreamHead(dim, out_channels * math.prod(patch_size), eps)
         self.head_heatmap = StreamHead(dim, out_channels * math.prod(patch_size), eps)
         self.head_action = None if action_head == "none" else ActionHead(dim, ACTION_HEADS[action_head], eps)
@@ -224,42 +242,51 @@ class MultiViewWan(WanTransformer3DModel):
         return block.attn1.to_k.weight.dtype
 
     def forward(  # type: ignore[override]
-        self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, condition_frames: int = 1, return_action: bool = False
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: torch.Tensor,
+        condition_frames: int = 1,
+        return_action: bool = False,
+        rays: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """Velocity (noise - clean), [B V 2C f h w] in the dtype of `latents`; with `return_action` (velocity, logits [B F A] of `actions`).
 
         latents [B V 2C f h w], RGB channels first, the given latent frames clean. timestep [B] in 0..1000: the first
         `condition_frames` latent frames get 0 in its place; or [B f], taken as it is. text [B L D] or [1 L D], text-encoder output,
-        zero after each prompt. Raises `MvwanError` for shapes that do not fit, and for `return_action` without an action head.
+        zero after each prompt. rays [B V 6 h w] or [1 V 6 h w], `Camera.rays` of the latents' cells: needed by a model with a camera
+        code, refused by one without. Raises `MvwanError` for shapes that do not fit, and for `return_action` without an action head.
         """
         if return_action and self.head_action is None:
             raise MvwanError('return_action: this model has no action head. Load it with action_head="gripper" or "gripper_rotation".')
-        self._check(latents, timestep, text, condition_frames)
+        self._check(latents, timestep, text, condition_frames, rays)
         if timestep.ndim == 1:
             given = torch.arange(latents.shape[3], device=latents.device) < condition_frames
             timestep = torch.where(given, timestep.new_zeros(()), timestep[:, None])
         device = latents.device.type
         mixed = self.compute_dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(device)
         with torch.autocast(device, dtype=self.compute_dtype) if mixed else contextlib.nullcontext():
-            velocity, action = self._answer(latents, timestep, text.expand(len(latents), -1, -1), return_action)
+            velocity, action = self._answer(latents, timestep, text.expand(len(latents), -1, -1), return_action, rays)
         return (velocity, action) if return_action else velocity
 
     def _answer(
-        self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, return_action: bool
+        self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, return_action: bool, rays: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, views, _, frames, height, width = latents.shape
         x = self._embed(latents)
         streams = x.shape[1]
         rope_frames = self.rope(latents.new_empty(()).expand(1, 1, frames, height, width))
-        rope_streams = self.rope(latents.new_empty(()).expand(1, 1, streams, height, width))
+        rope_streams = self._rope_streams(streams, views, latents)
         time, time_six = self._embed_time(timestep)
+        if rays is not None:
+            rays = self._rays_of_tokens(rays.expand(batch, -1, -1, -1, -1).to(x.device), streams // views)
         text = self.condition_embedder.text_embedder(text if torch.is_autocast_enabled(text.device.type) else text.type_as(x))
 
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._recompute(block, x, text, time_six, rope_frames, rope_streams)
+                x = self._recompute(block, x, text, time_six, rope_frames, rope_streams, rays)
             else:
-                x = block(x, text, time_six, rope_frames, rope_streams)
+                x = block(x, text, time_six, rope_frames, rope_streams, rays)
 
         rgb, heat = (x, x) if self._fusion == "channel" else x.split(views, dim=1)
         _, p, q = self._patch
@@ -273,6 +300,25 @@ class MultiViewWan(WanTransformer3DModel):
     def _recompute(self, block: nn.Module, *arguments: Any) -> torch.Tensor:
         assert self._gradient_checkpointing_func is not None  # set by enable_gradient_checkpointing()
         return self._gradient_checkpointing_func(block, *arguments)
+
+    def _rope_streams(self, streams: int, views: int, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) over (S n): a time slot per stream, or per modality where only cameras tell views apart."""
+        height, width = latents.shape[4:]
+        if self.view_code != "camera":
+            return self.rope(latents.new_empty(()).expand(1, 1, streams, height, width))
+        modalities = streams // views
+        cos, sin = self.rope(latents.new_empty(()).expand(1, 1, modalities, height, width))
+
+        def for_each_view(part: torch.Tensor) -> torch.Tensor:
+            return einops.repeat(part, "o (m n) k d -> o (m V n) k d", m=modalities, V=views)
+
+        return for_each_view(cos), for_each_view(sin)
+
+    def _rays_of_tokens(self, rays: torch.Tensor, modalities: int) -> torch.Tensor:
+        """[B S n 6] of rays [B V 6 h w]: the mean over the cells of each patch, the same for all streams of a view."""
+        _, p, q = self._patch
+        of_tokens = einops.reduce(rays.float(), "B V k (h p) (w q) -> B V (h w) k", "mean", p=p, q=q)
+        return of_tokens.repeat(1, modalities, 1, 1)
 
     def _embed(self, latents: torch.Tensor) -> torch.Tensor:
         """[B S f n D] tokens of [B V 2C f h w] latents: S = V for fusion "channel", 2V (all RGB, then all heat) for "view"."""
@@ -302,12 +348,20 @@ class MultiViewWan(WanTransformer3DModel):
         frames = timestep.shape[1]
         return rearrange(time, "(B f) D -> B f D", f=frames), rearrange(time_six, "(B f) (k D) -> B f k D", f=frames, k=6)
 
-    def _check(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, condition_frames: int) -> None:
+    def _check(
+        self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, condition_frames: int, rays: torch.Tensor | None
+    ) -> None:
         channels = 2 * self._channels
         if latents.ndim != 6 or latents.shape[2] != channels:
             raise MvwanError(f"latents are {list(latents.shape)}; needed are [B, V, {channels}, f, h, w], RGB channels first")
-        batch, _, _, frames, height, width = latents.shape
+        batch, views, _, frames, height, width = latents.shape
         _, p, q = self._patch
+        if (rays is None) != (self.view_code == "slot"):
+            raise MvwanError(
+                f"rays: a model with view_code={self.view_code!r} needs {'none' if rays is not None else 'those of its cameras'}"
+            )
+        if rays is not None and tuple(rays.shape) not in ((batch, views, 6, height, width), (1, views, 6, height, width)):
+            raise MvwanError(f"rays are {list(rays.shape)}; needed are [{batch}, {views}, 6, {height}, {width}], a ray per latent cell")
         if height % p or width % q:
             raise MvwanError(f"latents are {height} x {width}; each side must be a multiple of the patch {p} x {q}")
         if tuple(timestep.shape) not in ((batch,), (batch, frames)):
@@ -319,7 +373,7 @@ class MultiViewWan(WanTransformer3DModel):
 
 
 def initial_values(
-    stock: Mapping[str, torch.Tensor], fusion: Fusion, action_head: Actions = "none", seed: int = 0
+    stock: Mapping[str, torch.Tensor], fusion: Fusion, action_head: Actions = "none", seed: int = 0, view_code: ViewCode = "slot"
 ) -> dict[str, tuple[torch.Tensor, str]]:
     """New or widened tensor's name -> (value, where it comes from), from the tensors of a stock transformer.
 
@@ -348,6 +402,8 @@ def initial_values(
             like = stock[f"{block}attn1.to_out.0.weight"]
             values[f"{block}projector.weight"] = (torch.zeros_like(like), "zero")
             values[f"{block}projector.bias"] = (like.new_zeros(len(like)), "zero")
+            if view_code != "slot":
+                values[f"{block}camera_code.weight"] = (like.new_zeros(len(like), 6), "zero")
     return values if action_head == "none" else values | _action_values(stock, ACTION_HEADS[action_head], seed)
 
 

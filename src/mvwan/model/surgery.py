@@ -14,7 +14,7 @@ import torch
 from mvwan.checkpoint import Trained, find_checkpoint, load_trained, read_manifest
 from mvwan.compatibility import Compatibility, Purpose, check_identity, load_into
 from mvwan.config import Config, LoraConfig, TrainableConfig, TrainConfig, config_from_dict, trainable_from_dict
-from mvwan.model.multiview_wan import Actions, Fusion, MultiViewWan, initial_values
+from mvwan.model.multiview_wan import Actions, Fusion, MultiViewWan, ViewCode, initial_values
 from mvwan.model.trainable import ResolvedGroup, apply, resolve_groups
 from mvwan.model.trainable_table import TrainableTable
 from mvwan.model.wan import WanTransformer3DModel, base_digest, in_float32_island, load_transformer, stock_arguments
@@ -48,7 +48,12 @@ class SurgeryReport:
 
 
 def adapt(
-    stock: WanTransformer3DModel, views: int = 3, fusion: Fusion = "channel", action_head: Actions = "none", seed: int = 0
+    stock: WanTransformer3DModel,
+    views: int = 3,
+    fusion: Fusion = "channel",
+    action_head: Actions = "none",
+    seed: int = 0,
+    view_code: ViewCode = "slot",
 ) -> tuple[MultiViewWan, SurgeryReport]:
     """`MultiViewWan` that equals `stock` on every view's RGB stream, and the report.
 
@@ -56,9 +61,9 @@ def adapt(
     action head that have no model in stock. Raises `MvwanError` for a base that has no multi-view form.
     """
     before = dict(stock.named_parameters())
-    new = initial_values(before, fusion, action_head, seed)
+    new = initial_values(before, fusion, action_head, seed, view_code)
     with torch.device("meta"):
-        model = MultiViewWan(**stock_arguments(stock.config), views=views, fusion=fusion, action_head=action_head)
+        model = MultiViewWan(**stock_arguments(stock.config), views=views, fusion=fusion, action_head=action_head, view_code=view_code)
     expected = dict(model.named_parameters())
     state: dict[str, torch.Tensor] = {}
     kept: list[str] = []
@@ -82,8 +87,10 @@ def adapt(
     return model.eval().requires_grad_(False), report
 
 
+_OURS = ("views", "fusion", "action_head", "view_code")
+"""Arguments of `MultiViewWan` that stock has no word for."""
 _ONLY_IN_MULTI_VIEW = re.compile(
-    r"(blocks\.\d+\.(mvs_attn|projector|modulation_mvs)|head_heatmap|head_action|patch_embedding_heatmap)(\..+|$)"
+    r"(blocks\.\d+\.(mvs_attn|projector|modulation_mvs|camera_code)|head_heatmap|head_action|patch_embedding_heatmap)(\..+|$)"
 )
 
 
@@ -122,7 +129,7 @@ def to_stock(model: MultiViewWan, dtype: torch.dtype) -> WanTransformer3DModel:
     if config.fusion == "channel":
         state["patch_embedding.weight"] = state["patch_embedding.weight"].chunk(2, dim=1)[0].clone()
     held = {name.removeprefix("head_rgb."): tensor for name, tensor in state.items() if has_place_in_stock(name)}
-    arguments = {name: value for name, value in stock_arguments(config).items() if name not in ("views", "fusion", "action_head")}
+    arguments = {name: value for name, value in stock_arguments(config).items() if name not in _OURS}
     with torch.device("meta"):
         stock = WanTransformer3DModel(**arguments)
     typed = {name: tensor.to(torch.float32 if in_float32_island(name) else dtype) for name, tensor in held.items()}
@@ -171,13 +178,15 @@ def load_model(
     purpose: Purpose = "infer",
     ema: bool = False,
     action_head: Actions = "none",
+    view_code: ViewCode = "slot",
 ) -> tuple[MultiViewWan, LoadReport]:
     """(model, report): base + surgery + trainable groups with LoRA + checkpoint.
 
     `base` is whatever `describe` takes; `checkpoint` a run's folder, one of its checkpoints, or a safetensors file of the older
     system, whose LoRA rank is read from its shapes and whose alpha equals it unless `lora_alpha` is given. `trainable` None takes
     the checkpoint's own settings. The model is in eval mode; trained tensors are float32, frozen ones `dtype` (None: as stored).
-    `purpose` "train" refuses a checkpoint that lacks groups which would train now. Raises `MvwanError` for everything that does
+    `purpose` "train" refuses a checkpoint that lacks groups which would train now. A model with `view_code` "camera" takes a checkpoint of
+    any number of views. Raises `MvwanError` for everything that does
     not fit; nothing is dropped, invented or guessed.
     """
     trained = None if checkpoint is None else load_trained(checkpoint, ema=ema)
@@ -185,10 +194,10 @@ def load_model(
     rank = lora_rank or (trained.manifest["lora"]["rank"] if trained and trainable is None else None) or settings.lora.rank
     alpha = lora_alpha if lora_alpha is not None else settings.lora.alpha
     settings = replace(settings, lora=replace(settings.lora, rank=rank, alpha=alpha))
-    groups = resolve_groups(settings, unfreeze_modulation_and_norms, train, action_head)
+    groups = resolve_groups(settings, unfreeze_modulation_and_norms, train, action_head, view_code)
 
     stock = load_transformer(base, dtype, device, random_weights, seed)
-    model, surgery = adapt(stock, views, fusion, action_head, seed)
+    model, surgery = adapt(stock, views, fusion, action_head, seed, view_code)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         table = apply(model, groups, rank=rank, alpha=alpha)
@@ -198,7 +207,12 @@ def load_model(
     path = find_checkpoint(checkpoint)
     known_base = trained.manifest["base"].get("digest") is not None
     digest = base_digest(base, random_weights, seed) if known_base else None
-    check_identity(trained.manifest, path, base=digest, views=views, fusion=fusion, action_head=action_head, rank=rank)
+    now: dict[str, Any] = {"base": digest, "views": views, "fusion": fusion, "action_head": action_head, "rank": rank}
+    if view_code == "camera":  # any number of views, in any order
+        del now["views"]
+    if purpose != "train changed" or trained.manifest.get("view_code", "slot") != "slot":
+        now["view_code"] = view_code
+    check_identity(trained.manifest, path, **now)
     fit = load_into(model, trained.tensors, table, purpose, path)
     return model, LoadReport(surgery=surgery, table=table, groups=groups, fit=fit, manifest=trained.manifest)
 
@@ -225,6 +239,7 @@ def load_as_trained(
         seed=config.seed,
         ema=ema,
         action_head=config.model.action_head,
+        view_code=config.model.view_code,
     )
     return model, config
 
@@ -247,9 +262,10 @@ def trainable_table(
     train: TrainConfig | None = None,
     dtype: torch.dtype = torch.bfloat16,
     action_head: Actions = "none",
+    view_code: ViewCode = "slot",
 ) -> TrainableTable:
     """Exact counts of every group, on the meta device: no weights are read, none are needed."""
     settings = trainable or TrainableConfig()
-    model, _ = adapt(load_transformer(base, dtype, device="meta"), views, fusion, action_head)
-    groups = resolve_groups(settings, unfreeze_modulation_and_norms, train, action_head)
+    model, _ = adapt(load_transformer(base, dtype, device="meta"), views, fusion, action_head, view_code=view_code)
+    groups = resolve_groups(settings, unfreeze_modulation_and_norms, train, action_head, view_code)
     return apply(model, groups, rank=settings.lora.rank, alpha=settings.lora.alpha)

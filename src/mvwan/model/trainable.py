@@ -43,6 +43,7 @@ GROUPS: tuple[Group, ...] = (
     Group("action_head", r"head_action\..+", "full", "tokens to gripper and rotation; only where the model has this head"),
     Group("projector", r"blocks\.\d+\.projector\.(weight|bias)", "full", "output of view attention, zero at the start"),
     Group("modulation_mvs", r"blocks\.\d+\.modulation_mvs", "full", "time modulation of view attention"),
+    Group("camera_code", r"blocks\.\d+\.camera_code\.weight", "full", "rays to view attention; only where views are told apart by camera"),
     Group("modulation", r"blocks\.\d+\.scale_shift_table", "frozen", "AdaLN time modulation of the block (switch)"),
     Group("mvs_norms", r"blocks\.\d+\.mvs_attn\.norm_[qk]\.weight", "frozen", "norm_q and norm_k of view attention (switch)"),
     Group("backbone_norms", r"blocks\.\d+\.(attn[12]\.norm_[qk]\.weight|norm2\.(weight|bias))", "frozen", "the other norms of the blocks"),
@@ -51,7 +52,7 @@ GROUPS: tuple[Group, ...] = (
     Group("time_embedding", r"condition_embedder\.(time_embedder|time_proj)\..+", "frozen", "timestep to modulation"),
     Group("all", r".+", "frozen", "everything that no group before took"),
 )
-ACTION_GROUP = "action_head"
+ACTION_GROUP, CAMERA_GROUP = "action_head", "camera_code"
 SWITCH_GROUPS = ("modulation", "mvs_norms")
 """What `unfreeze_modulation_and_norms` sets to `full`."""
 
@@ -87,15 +88,21 @@ class _Claims:
 
 
 def resolve_groups(
-    trainable: TrainableConfig, unfreeze_modulation_and_norms: bool = False, train: TrainConfig | None = None, action_head: str = "none"
+    trainable: TrainableConfig,
+    unfreeze_modulation_and_norms: bool = False,
+    train: TrainConfig | None = None,
+    action_head: str = "none",
+    view_code: str = "slot",
 ) -> tuple[ResolvedGroup, ...]:
     """The groups in the order of the rules, those of the user first; `train` None takes its default values.
 
-    `action_head` is the model's; without one its group is not there. Raises `MvwanError` for an unknown group, a bad pattern or value,
-    and a switch that a group contradicts.
+    `action_head` and `view_code` are the model's; groups of parts that it does not have are not there. Raises
+    `MvwanError` for an unknown group, a bad pattern or value, and a switch that a group contradicts.
     """
     train = train or TrainConfig()
-    built_in = [group for group in _with_lora_flags(trainable.lora) if action_head != "none" or group.name != ACTION_GROUP]
+    absent = {ACTION_GROUP} if action_head == "none" else set[str]()
+    absent |= {CAMERA_GROUP} if view_code == "slot" else set()
+    built_in = [group for group in _with_lora_flags(trainable.lora) if group.name not in absent]
     for name in trainable.groups:
         _check_override(trainable, name, [group.name for group in built_in])
     own = [Group(name, given.pattern, given.mode or "frozen", "") for name, given in trainable.groups.items() if given.pattern is not None]
@@ -112,6 +119,8 @@ def _check_override(trainable: TrainableConfig, name: str, built_in: Sequence[st
         raise MvwanError(f"{where}: this name is kept for what no group takes. Choose another name.")
     if name == ACTION_GROUP and name not in built_in:
         raise MvwanError(f"{where}: model.action_head=none has no such layers. Remove {where}, or set model.action_head.")
+    if name == CAMERA_GROUP and name not in built_in:
+        raise MvwanError(f"{where}: model.view_code=slot has no such layers. Remove {where}, or set model.view_code.")
     if name not in built_in and name in (group.name for group in GROUPS):
         raise MvwanError(f"{where}: trainable.lora leaves this group no layer. Remove {where}, or set a flag of trainable.lora to true.")
     if name in built_in and given.pattern is not None:
