@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mvwan.errors import MvwanError
-from mvwan.files import read_text, whole_file, write_file
+from mvwan.files import read_text, whole_file
 from mvwan.tensors import TensorFile, digest, read_row, write_tensors
 
 SHARD_ENTRIES = 256
@@ -40,15 +40,18 @@ class Shards:
 
     def __init__(self, folder: Path, kinds: Kinds) -> None:
         self.unreadable: dict[Path, str] = {}
-        """Shard -> why nothing in it can be used."""
+        """Damaged shard -> why nothing in it can be read."""
         self._paths: list[Path] = []
         keys = [np.zeros((0, KEY_BYTES), np.uint8)]
         for path in sorted((folder / "shards").glob("[!.]*.safetensors")):
             try:
-                keys.append(_keys_of(path, kinds))
-                self._paths.append(path)
+                found = _keys_of(path, kinds)
             except MvwanError as error:
                 self.unreadable[path] = str(error)
+                continue
+            if found is not None:
+                keys.append(found)
+                self._paths.append(path)
         self._ends = np.cumsum([len(part) for part in keys])[1:]
         flat = _as_values(np.concatenate(keys))
         self._order = np.argsort(flat)
@@ -100,7 +103,7 @@ class Shards:
             write_tensors(partial, stacked)
 
     def remove_unreadable(self) -> None:
-        """Nothing; shards of which nothing can be used are gone."""
+        """Nothing; shards of which nothing can be read are gone."""
         for path in self.unreadable:
             path.unlink(missing_ok=True)
 
@@ -146,14 +149,14 @@ class ShardWriter:
         _note_checked(path)
 
 
-def _keys_of(path: Path, kinds: Kinds) -> np.ndarray:
-    """[N 32] uint8. `MvwanError` when the file is not a shard of such entries."""
+def _keys_of(path: Path, kinds: Kinds) -> np.ndarray | None:
+    """[N 32] uint8, None for a file that holds other entries than such. `MvwanError` when it is damaged."""
     file = TensorFile(path)
     held = {name: (file.dtypes[name], len(shape) - 1) for name, shape in file.shapes.items()}
     needed = {**kinds, _KEYS: ("uint8", 1), _DIGESTS: ("uint8", 1)}
     rows = {shape[:1] for shape in file.shapes.values()}
     if held != needed or len(rows) != 1 or {file.shapes[name][1] for name in (_KEYS, _DIGESTS)} != {KEY_BYTES}:
-        raise MvwanError(f"{path}: holds {held}, needs {needed}")
+        return None
     return file[_KEYS].numpy().copy()
 
 
@@ -197,8 +200,8 @@ def _stamp(path: Path) -> str:
 
 
 def _note_checked(path: Path) -> None:
-    with suppress(MvwanError):  # in a folder that is only read, it is compared again next time
-        write_file(_note_of(path), _stamp(path))
+    with suppress(OSError):  # without a note, or with half of one, the shard is compared again next time
+        _note_of(path).write_text(_stamp(path), encoding="utf-8")
 
 
 def _is_checked(path: Path) -> bool:
