@@ -72,6 +72,8 @@ def held_out_windows(run: LoadedRun, dataset: str | Path | None = None) -> Windo
 def predict_sample(run: LoadedRun, sample: Sample, denoise_steps: int = 5, seed: int = 0) -> Prediction:
     """What the run predicts after the window's given pictures, over the window's length."""
     given = metrics.num_given_frames(run.config.train.condition_frames)
+    point_m, in_pictures = sample.point_m[:given], np.where(sample.visible[..., None], sample.uv_px, np.nan)[:, :given]
+    is_known = bool(np.isfinite(point_m).any())  # else it is labelled in pictures, or not at all
     return predict(
         run,
         sample.rgb[:, :given],
@@ -79,7 +81,8 @@ def predict_sample(run: LoadedRun, sample: Sample, denoise_steps: int = 5, seed:
         sample.cameras,
         steps=denoise_steps,
         seed=seed,
-        point_px=np.where(sample.visible[..., None], sample.uv_px, np.nan)[:, :given],
+        point_m=point_m if is_known else None,
+        point_px=None if is_known else in_pictures,
         gripper_open=sample.gripper_open[:given],
         num_frames=sample.rgb.shape[1],
     )
