@@ -25,7 +25,7 @@ from conv_net import SIZE_PX, ConvNet, Windows, fit, one_window, place_of, predi
 from mvwan.cli import Door, Layouts, Seed
 from mvwan.closed_loop import FIRST_TUNING_LAYOUT, TrialSettings, attempt, successes
 from mvwan.config import config_from_dict, parse_overrides
-from mvwan.data.dataset import WindowDataset, read_episodes
+from mvwan.data.dataset import WindowDataset, episodes_of
 from mvwan.data.transforms import resize
 from mvwan.evaluate import filled, spread
 from mvwan.files import read_json, whole_directory, write_json
@@ -58,7 +58,7 @@ def train(
     started = time.monotonic()
     own = {"seed": seed, "data": {"root": str(dataset), "height_px": SIZE_PX, "width_px": SIZE_PX}}
     config = config_from_preset("tiny", parse_overrides(settings or []), own, where="settings")
-    episodes = read_episodes(dataset, config.data.cameras)
+    episodes = episodes_of(config.data)
     views = len(config.data.cameras or episodes[0].cameras)
     instructions = sorted({episode.instruction for episode in episodes})
     training = WindowDataset(episodes, replace(config.data, window_stride=1), views, "train", seed)
@@ -151,7 +151,7 @@ def trials(
     config = config_from_dict(known["config"], f"{run}: config")
     settings = TrialSettings(execute=execute, control_steps=control_steps, widened=layouts == "widened").check(config)
     data, first = config.data, RESERVED_LAYOUTS if final else FIRST_TUNING_LAYOUT
-    source = Demonstrations(root=data.root, cameras=data.cameras, seed=config.seed, validation_share=data.validation_share)
+    source = Demonstrations(data=data, seed=config.seed)
     net = ConvNet(known["views"], data.num_frames - 1, len(known["instructions"]))
     net.load_state_dict(dict(TensorFile(run / "weights.safetensors")))
     policy = Conv(net.eval(), known["instructions"], source.control_steps_per_frame * data.frame_interval, execute)

@@ -19,7 +19,7 @@ import typer
 
 from mvwan.cli import Door, Preset, Settings
 from mvwan.config import parse_overrides
-from mvwan.data.dataset import WindowDataset, heat_video, read_episodes
+from mvwan.data.dataset import WindowDataset, episodes_of, heat_video
 from mvwan.errors import MvwanError
 from mvwan.latent_cache import WINDOW, Keys, build_cache, is_complete, read_entry, write_entry
 from mvwan.latent_shards import Shards
@@ -43,7 +43,7 @@ def main(
     """Measures and prints."""
     config = config_from_preset(preset_name, parse_overrides(settings or []), {"data": {"root": str(folder)}}, where="settings")
     data, sigma_px = config.data, config.data.heatmap_sigma_px
-    whole = WindowDataset(read_episodes(data.root, data.cameras, data.trail), data, config.model.views, "train", config.seed)
+    whole = WindowDataset(episodes_of(data), data, config.model.views, "train", config.seed)
     dataset = whole.without(range(windows, len(whole)))
     codec = LatentCodec.load(config.base.codec or config.base.source, data.text_tokens)
     items = range(len(dataset))

@@ -8,10 +8,11 @@ other order. Finished stages are not repeated; an interrupted training goes on.
 
     <output>/rigs/*, elsewhere, five     recordings
     <output>/slot, camera, both          runs
+    <output>/settings.json               what recordings and runs were made from
     <output>/view_code.json, table.md    what came of it
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,13 +20,15 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from mvwan.baselines import Answer, hold_first
 from mvwan.batch import Sample
 from mvwan.cameras import Camera
 from mvwan.cli import Door, Seed
-from mvwan.data.dataset import WindowDataset, read_episodes
-from mvwan.evaluate import filled, spread
-from mvwan.files import write_file, write_json
-from mvwan.metrics import Tally, error_3d_mm, lost_share, peak_error_px
+from mvwan.data.dataset import WindowDataset, episodes_of
+from mvwan.errors import MvwanError
+from mvwan.evaluate import measure_answer, spread
+from mvwan.files import read_json, write_file, write_json
+from mvwan.metrics import Tally
 from mvwan.presets import config_from_preset
 from mvwan.sample import LoadedRun, load_run, predict
 from mvwan.sim.metaworld import pinhole, record
@@ -40,18 +43,18 @@ VIEWS = ("left", "right", "top")
 SIZE_PX = 128
 
 
-def rig(rng: np.random.Generator, extra: Sequence[str] = (), reach: float = 1.0) -> tuple[Camera, ...]:
-    """Left, right and top, each turned about its target by up to `reach` * 20 degrees and nearer or further by up to a tenth."""
+def rig(rng: np.random.Generator, extra: Sequence[str] = ()) -> tuple[Camera, ...]:
+    """Left, right, top and `extra`, each turned about its target by up to 20 degrees and nearer or further by up to a tenth."""
     target = np.array([0.0, 0.65, 0.15])
     placed = {"left": (-65, 30), "right": (65, 30), "front": (0, 35), "behind": (-130, 35)}
     cameras = []
     for name in (*VIEWS, *extra):
-        turn, distance = reach * rng.uniform(-20, 20), 1.25 * rng.uniform(0.9, 1.1)
+        turn, distance = rng.uniform(-20, 20), 1.25 * rng.uniform(0.9, 1.1)
         if name == "top":
             eye = target + np.array([0.3 * np.sin(np.radians(turn)), 0.01, 1.6 * distance / 1.25])
             cameras.append(pinhole(name, tuple(eye), tuple(target), (0.0, 1.0, 0.0), 40, SIZE_PX))
             continue
-        azimuth, elevation = np.radians(placed[name][0] + turn), np.radians(placed[name][1] + reach * rng.uniform(-8, 8))
+        azimuth, elevation = np.radians(placed[name][0] + turn), np.radians(placed[name][1] + rng.uniform(-8, 8))
         towards = np.array([np.sin(azimuth) * np.cos(elevation), np.cos(azimuth) * np.cos(elevation), np.sin(elevation)])
         cameras.append(pinhole(name, tuple(target + distance * towards), tuple(target), (0.0, 0.0, 1.0), 42, SIZE_PX))
     return tuple(cameras)
@@ -88,6 +91,11 @@ def main(
     seed: Seed = 0,
 ) -> None:
     """Records, trains, measures; prints the table and where it is."""
+    made_from = {"task": task, "rigs": rigs, "episodes": episodes, "steps": steps, "seed": seed}
+    known = output / "settings.json"
+    if known.is_file() and read_json(known) != made_from:
+        raise MvwanError(f"--output {output}: made from other settings, {read_json(known)}. Choose another --output.")
+    write_json(known, made_from)
     roots = []
     for number in range(rigs):
         cameras = rig(np.random.default_rng([seed, number]))
@@ -114,8 +122,7 @@ def main(
         for condition in CONDITIONS:
             rows.append({"code": code, "condition": condition.name, **_measure(run, condition, recordings, windows, draws, seed)})
             typer.echo(f"{code}, {condition.name}: {rows[-1]}")
-    settings = {"task": task, "rigs": rigs, "episodes": episodes, "steps": steps, "windows": windows, "draws": draws, "seed": seed}
-    write_json(output / "view_code.json", {"settings": settings, "rows": rows})
+    write_json(output / "view_code.json", {"settings": {**made_from, "windows": windows, "draws": draws}, "rows": rows})
     write_file(output / "table.md", _table(rows))
     typer.echo(_table(rows))
 
@@ -129,7 +136,7 @@ def _recorded(folder: Path, task: str, episodes: int, seed: int, cameras: Sequen
 def _measure(run: LoadedRun, condition: Condition, recordings: dict[str, str], windows: int, draws: int, seed: int) -> dict[str, float]:
     """Means over the predicted frames of test windows: peak error in px over the views that both sides have, error in space in mm."""
     data = replace(run.config.data, cameras=condition.views, root=recordings[condition.recording], validation_share=1.0)
-    episodes = read_episodes(data.root, data.cameras)
+    episodes = episodes_of(data)
     dataset = WindowDataset(episodes, data, len(condition.views), "validation", seed)
     samples = [dataset.sample(index) for index in spread(len(dataset), windows)]
     return _means([_errors(run, sample, seed + draw) for sample in samples for draw in range(draws)])
@@ -141,16 +148,14 @@ def _errors(run: LoadedRun, sample: Sample, seed: int) -> dict[str, Tally]:
         run.model, sample.rgb[:, 0], sample.instruction, sample.cameras, seed=seed, point_m=sample.point_m[0], heat_only=True,
         codec=run.codec, config=run.config,
     )  # fmt: skip
-    held_px = np.broadcast_to(sample.uv_px[:, :1], sample.uv_px.shape)
-    held_m = np.broadcast_to(sample.point_m[:1], sample.point_m.shape)
     seen = np.where(prediction.confidence[..., None] > 0, prediction.uv_px, np.nan)
-    total: Callable[[Sequence[Tally]], Tally] = lambda tallies: sum(tallies, Tally())  # noqa: E731
+    held = hold_first(sample, 1)
+    answers = {"": Answer(rgb=None, uv_px=seen, point_m=prediction.point_m), "hold_": held}
     return {
-        "peak_error_px": total(peak_error_px(filled(seen, held_px), sample.uv_px, sample.visible)),
-        "hold_peak_error_px": total(peak_error_px(held_px, sample.uv_px, sample.visible)),
-        "lost": total(lost_share(seen, sample.visible)),
-        "error_3d_mm": error_3d_mm(filled(prediction.point_m, held_m), sample.point_m),
-        "hold_error_3d_mm": error_3d_mm(held_m, sample.point_m),
+        f"{source}{name}": sum(tallies, Tally())
+        for source, answer in answers.items()
+        for name, tallies in measure_answer(sample, answer, held, 1).items()
+        if name in ("peak_error_px", "error_3d_mm", "lost")
     }
 
 

@@ -327,9 +327,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
         return
     if not args.output_path:
         raise MvwanError("--output_path is missing: the folder of the run. Set --output_path.")
-    from mvwan.data.dataset import WindowDataset, read_episodes
+    from mvwan.data.dataset import WindowDataset, episodes_of
 
-    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail, config.data.on_corrupt)
+    episodes = episodes_of(config.data)
     windows = WindowDataset(episodes, config.data, config.model.views, "train", config.seed)
     config = with_schedule(args, config, len(windows), int(os.environ.get("WORLD_SIZE", "1")))
     if args.check:

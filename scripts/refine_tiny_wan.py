@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mvwan import flow, heatmaps
 from mvwan.config import Config, FlowConfig
-from mvwan.data.dataset import WindowDataset, read_episodes
+from mvwan.data.dataset import WindowDataset, episodes_of
 from mvwan.files import read_json, remove_directory, whole_directory, whole_file, write_json
 from mvwan.latent_cache import build_cache
 from mvwan.model.latents import LatentCodec
@@ -79,7 +79,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _videos(codec: LatentCodec, config: Config, latents: Path, split: Any) -> dict[str, torch.Tensor]:
     """`rgb` and `heat` [N C f h w] float16 of every view of every window, and the prompts `text` [N L D] of both."""
-    windows = WindowDataset(read_episodes(config.data.root), config.data, config.model.views, split, config.seed)
+    windows = WindowDataset(episodes_of(config.data), config.data, config.model.views, split, config.seed)
     cache = build_cache(windows, codec, latents, config.data.heatmap_sigma_px)
     parts: dict[str, list[torch.Tensor]] = {"rgb": [], "heat": [], "text": []}
     for start in range(0, len(cache), 256):

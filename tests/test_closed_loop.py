@@ -21,6 +21,7 @@ from mvwan.closed_loop import (
     render,
     run_trial,
 )
+from mvwan.config import DataConfig
 from mvwan.data.dataset import read_episodes
 from mvwan.errors import MvwanError
 from mvwan.evaluation_table import read_closed_loop
@@ -127,7 +128,7 @@ def test_other_demonstrations_in_the_same_place_are_other_replays(folder, tmp_pa
     for seed in (11, 40):
         root = tmp_path / "data"
         record(TASK, 2, root, seed=seed, size_px=32, progress=False)
-        known[seed] = Demonstrations(root=str(root), cameras=None, seed=0, validation_share=0.5)
+        known[seed] = Demonstrations(data=DataConfig(root=str(root), validation_share=0.5), seed=0)
         assert known[seed].training
         assert not known[seed].are_widened
         shutil.rmtree(root)
@@ -146,7 +147,7 @@ def test_final_layouts_are_the_reserved_ones_and_no_others_ever_are(folder):
 
 def test_replay_follows_a_training_demonstration_and_solves_its_own_layout(folder):
     config = config_from_preset("debug", {"data": {"root": str(folder.parent / "data")}})
-    known = Demonstrations(root=config.data.root, cameras=None, seed=config.seed, validation_share=config.data.validation_share)
+    known = Demonstrations(data=config.data, seed=config.seed)
     assert known.tasks == (TASK,) and known.control_steps_per_frame == 2
     assert len(known.training) == 2 < len(read_episodes(config.data.root))
     demonstration = known.training[0]

@@ -16,6 +16,8 @@ from mvwan.data.dataset import WindowDataset, read_episodes
 from mvwan.data.lerobot import read_lerobot
 from mvwan.data_report import check_pictures, inspect
 from mvwan.errors import MvwanError
+from mvwan.evaluate import evaluate_prediction
+from mvwan.evaluation_table import _remarks
 from mvwan.latent_cache import LatentCache, build_cache, is_complete
 from mvwan.model.latents import LatentCodec
 from mvwan.report import _left_out
@@ -185,6 +187,15 @@ def test_a_run_goes_without_them_says_so_and_goes_on_alike(damaged: Path, tmp_pa
     assert losses(resumed.history) == losses(whole.history)
     page = _left_out([RunRecord(label="off", folder=tmp_path / "whole")])
     assert "1 episodes and 3 windows were damaged and left out" in page and "ball1@3#0" in page
+
+    elsewhere = shutil.copytree(damaged, tmp_path / "elsewhere")
+    result = evaluate_prediction(tmp_path / "whole", dataset=elsewhere, windows=20, denoise_steps=1, output=tmp_path / "evaluation.json")
+    assert (result["num_windows"], result["damaged_windows"], len(result["windows"])) == (12, 3, 12)
+    assert "3 windows are damaged and left out" in " ".join(_remarks(result))
+    for picture in elsewhere.rglob("img/5.jpg"):
+        picture.write_bytes(b"no picture")
+    with pytest.raises(MvwanError, match="none of the 15 held-out windows can be read"):
+        evaluate_prediction(tmp_path / "whole", dataset=elsewhere, windows=20, denoise_steps=1, output=tmp_path / "evaluation.json")
 
     next((tmp_path / "latents" / "skipped").iterdir()).unlink()
     shutil.copyfile(damaged / "ball1/ball1-2/img/6.jpg", damaged / "ball1/ball1-2/img/7.jpg")

@@ -319,9 +319,9 @@ def _dry_run(config: Config, accept_trainable_change: bool) -> None:
 
 def _datasets(config: Config) -> dict[str, Any]:
     """The windows of both splits by name of the split."""
-    from mvwan.data.dataset import WindowDataset, read_episodes
+    from mvwan.data.dataset import WindowDataset, episodes_of
 
-    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail, config.data.on_corrupt)
+    episodes = episodes_of(config.data)
     if episodes.left_out:
         _note(f"{len(episodes.left_out)} episodes are damaged and left out; the first: {episodes.left_out[0].reason}")
     return {split: WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation")}

@@ -81,11 +81,11 @@ def view(
     ] = None,
 ) -> None:
     """Write one episode as a Rerun recording: cameras, pictures, heatmaps, the path in space, the gripper."""
-    from mvwan.data.dataset import read_episodes
+    from mvwan.data.dataset import episodes_of
     from mvwan.rerun_export import write_recording
 
     data = _config(settings).data
-    episodes = {episode.name: episode for episode in read_episodes(folder, data.cameras, data.trail)}
+    episodes = {episode.name: episode for episode in episodes_of(data, folder)}
     if name is not None and name not in episodes:
         raise MvwanError(f"--episode {name}: no such episode in {folder}; there are {some(episodes)}.{nearest(name, episodes)}")
     episode = episodes[next(iter(episodes)) if name is None else name]

@@ -156,11 +156,11 @@ def plan_trials(
         raise MvwanError(f"--trials {trials}: at least one layout per task")
     if trials > RESERVED_LAYOUTS - FIRST_TUNING_LAYOUT:
         raise MvwanError(f"--trials {trials}: at most {RESERVED_LAYOUTS - FIRST_TUNING_LAYOUT}")
-    names = [task_name(task) for task in tasks] if tasks else list(_demonstrations(config).tasks)
+    demonstrations = Demonstrations(data=config.data, seed=config.seed)
+    names = [task_name(task) for task in tasks] if tasks else list(demonstrations.tasks)
     if not names:
         raise MvwanError(f"{config.data.root}: no demonstration has the instruction of a Meta-World task. Name tasks with --task.")
     first = RESERVED_LAYOUTS if final else FIRST_TUNING_LAYOUT
-    demonstrations = _demonstrations(config)
     planned = []
     for task in dict.fromkeys(names):
         if settings.widened and task not in WIDENED:
@@ -233,17 +233,6 @@ def _digest(
         wanted["demonstrations"] = demonstrations.fingerprint
     interval = manifest["config"]["data"]["frame_interval"]
     return sha256_json([CLOSED_LOOP_FORMAT, task, layout_seed, policy, wanted, interval * demonstrations.control_steps_per_frame])
-
-
-def _demonstrations(config: Config) -> Demonstrations:
-    data = config.data
-    return Demonstrations(
-        root=data.root,
-        cameras=data.cameras,
-        seed=config.seed,
-        validation_share=data.validation_share,
-        on_corrupt=data.on_corrupt,
-    )
 
 
 def _run_all(missing: Sequence[Trial], path: Path, processes: int, progress: bool) -> list[dict[str, Any]]:
@@ -362,7 +351,7 @@ def _policy(trial: Trial, config: Config, demonstrations: Demonstrations) -> Pol
 @lru_cache(maxsize=1)
 def _source(checkpoint: Path) -> tuple[Config, Demonstrations]:
     config = config_from_dict(read_manifest(checkpoint)["config"], f"checkpoint {checkpoint}: config")
-    return config, _demonstrations(config)
+    return config, Demonstrations(data=config.data, seed=config.seed)
 
 
 @lru_cache(maxsize=1)

@@ -29,12 +29,13 @@ MAY_CHANGE_ON_RESUME = frozenset(
     {
         *(f"train.{name}" for name in ("steps", "save_every", "keep_last", "keep_best", "async_save", "log_every", "movement_step")),
         *(f"train.{name}" for name in ("evaluate_every", "evaluate_windows", "tracker", "num_workers")),
-        *("train.batch_size", "train.gradient_accumulation"),
+        *("train.batch_size", "train.gradient_accumulation", "train.compile"),
         *("data.root", "data.cache", "data.on_corrupt", "base.source", "base.codec", "model.gradient_checkpointing"),
     }
 )
-"""Settings that a resumed run may change: none alters what a step computes. Data and base are compared by content, and the windows of
-a step (batch_size * gradient_accumulation * processes) as `items_per_step`. `train.steps` may not change under a cosine schedule."""
+"""Settings that a resumed run may change: none alters what a step computes, but for rounding. Data and base are compared by content, and
+the windows of a step (batch_size * gradient_accumulation * processes) as `items_per_step`. `train.steps` may not change under a cosine
+schedule."""
 
 
 _FIT_IN_FLOAT32 = ("float32", "bfloat16", "float16")

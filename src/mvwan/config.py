@@ -258,6 +258,8 @@ class TrainConfig:
     """w in w * (gripper + rotation), which `model.action_head` adds to the loss."""
     precision: Annotated[Literal["auto", "bf16", "no"], BeforeValidator(lambda value: "no" if value is False else value)] = "auto"
     """Autocast of the products; auto: bf16 where the machine is fast with it, else no. Trained tensors stay float32."""
+    compile: bool = False
+    """Each block through `torch.compile`: faster steps after a minute of compiling, equal but for rounding."""
     condition_frames: int = 1
     """Latent frames that are given clean: timestep 0, out of the loss."""
     ema_decay: float = 0.0

@@ -5,7 +5,7 @@ Reads numbers, and pictures only for the sheet and for `check_pictures`. Knows n
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mvwan.batch import Episode
 from mvwan.config import Config
-from mvwan.data.dataset import WindowDataset, format_of, read_episodes, roots_of
+from mvwan.data.dataset import WindowDataset, episodes_of, format_of, roots_of
 from mvwan.data.left_out import LeftOut
 from mvwan.data.windows import READ_TOGETHER
 from mvwan.errors import MvwanError
@@ -109,7 +109,7 @@ def inspect(config: Config) -> tuple[DatasetReport, list[WindowDataset]]:
     """
     data = config.data
     kind = ", ".join(dict.fromkeys(map(format_of, roots_of(data.root))))
-    episodes = read_episodes(data.root, data.cameras, data.trail, on_corrupt="skip")
+    episodes = episodes_of(replace(data, on_corrupt="skip"))
     cameras = episodes[0].cameras
     splits = {split: WindowDataset(episodes, data, len(cameras), split, config.seed) for split in ("train", "validation")}
     turns = [episode.extra.get("hand_quaternion_wxyz", np.full((episode.num_frames, 4), np.nan)) for episode in episodes]
@@ -142,7 +142,7 @@ class DamagedFrame:
 
 def check_pictures(config: Config, progress: bool = True) -> list[DamagedFrame]:
     """The frames that cannot be decoded, after decoding every picture of every episode of `config.data` that can be read."""
-    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail, on_corrupt="skip")
+    episodes = episodes_of(replace(config.data, on_corrupt="skip"))
     found: list[DamagedFrame] = []
     with tqdm(total=sum(episode.num_frames for episode in episodes), desc="decode", unit="frame", disable=not progress) as bar:
         for episode in episodes:

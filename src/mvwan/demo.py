@@ -15,7 +15,7 @@ from rich.panel import Panel
 
 from mvwan.checkpoint import checkpoint_digest
 from mvwan.config import Config
-from mvwan.data.dataset import WindowDataset, read_episodes
+from mvwan.data.dataset import WindowDataset, episodes_of
 from mvwan.evaluate import evaluate_prediction
 from mvwan.evaluation_table import FORMAT_VERSION, read_evaluation, render
 from mvwan.files import read_json
@@ -155,7 +155,7 @@ def _print_tables(configs: Mapping[str, Config], console: Console) -> None:
 
 
 def _encode(config: Config, latents: Path) -> None:
-    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail, config.data.on_corrupt)
+    episodes = episodes_of(config.data)
     codec = LatentCodec.load(config.base.codec or config.base.source, config.data.text_tokens)
     for split in ("train", "validation"):
         build_cache(

@@ -18,7 +18,7 @@ from rich.progress import track
 from mvwan import baselines, heatmaps, metrics
 from mvwan.baselines import Answer, NearestDemonstration
 from mvwan.batch import Prediction, Sample
-from mvwan.data.dataset import Window, WindowDataset, heat_video, read_episodes, roots_of
+from mvwan.data.dataset import Window, WindowDataset, episodes_of, heat_video, roots_of
 from mvwan.errors import MvwanError
 from mvwan.evaluation_table import FORMAT_VERSION, PCK_PX, SOURCES
 from mvwan.files import sha256_json, whole_file, write_json
@@ -57,7 +57,7 @@ def held_out_windows(run: LoadedRun, dataset: str | Path | None = None) -> Windo
     Raises `MvwanError` when there is none.
     """
     data = run.config.data
-    episodes = read_episodes(data.root if dataset is None else dataset, data.cameras, data.trail)
+    episodes = episodes_of(data, dataset)
     is_own = dataset is None or [Path(dataset).resolve()] == [Path(root).resolve() for root in roots_of(data.root)]
     if not is_own:
         data = replace(data, validation_share=1.0)
@@ -119,9 +119,11 @@ def evaluate_prediction(
     nearest = _nearest(loaded)
     tallies: Tallies = {source: {} for source in SOURCES}
     rows: list[dict[str, Any]] = []
+    episodes: set[str] = set()
     given = loaded.config.train.condition_frames
     for index in track(chosen, "predicting", console=Console(stderr=True), transient=True, disable=not progress):
-        sample = held_out.sample(index)
+        if (sample := held_out.readable_sample(index)) is None:
+            continue
         prediction = predict_sample(loaded, sample, denoise_steps, seed)
         answers = answers_of(loaded, sample, prediction, held_out.windows[index], nearest)
         measured = measure_window(loaded, sample, prediction, answers)
@@ -129,10 +131,13 @@ def evaluate_prediction(
             measured["codec"] = measure_answer(sample, _through_codec(loaded, sample), answers["hold_first"], given)
         _add(tallies, measured)
         rows.append(_window_row(sample, measured))
+        episodes.add(held_out.windows[index].episode.name)
         if index in kept:
             name = f"predictions/{sum('pictures' in row for row in rows):02d}.npz"
             save_prediction(target.parent / name, sample, prediction, loaded.config.data.heatmap_sigma_px)
             rows[-1]["pictures"] = name
+    if not rows:
+        raise MvwanError(f"data.on_corrupt=skip: none of the {len(chosen)} held-out windows can be read. Give another --dataset.")
     result = {
         "format_version": FORMAT_VERSION,
         "checkpoint": str(loaded.checkpoint),
@@ -140,11 +145,12 @@ def evaluate_prediction(
         "unfreeze_modulation_and_norms": loaded.config.unfreeze_modulation_and_norms,
         "denoise_steps": denoise_steps,
         "seed": seed,
-        "num_windows": len(chosen),
+        "num_windows": len(rows),
+        "damaged_windows": len(chosen) - len(rows),
         "held_out_windows": len(held_out),
         "nearest_windows": sum("nearest_error_3d_mm" in row for row in rows),
-        "episodes": sorted({held_out.windows[index].episode.name for index in chosen}),
-        "views": [camera.name for camera in held_out.sample(chosen[0]).cameras],
+        "episodes": sorted(episodes),
+        "views": [camera.name for camera in held_out.cameras(chosen[0])],
         "num_frames": loaded.config.data.num_frames,
         "given_frames": metrics.num_given_frames(loaded.config.train.condition_frames),
         "size_px": [loaded.config.data.height_px, loaded.config.data.width_px],
@@ -172,7 +178,7 @@ def _nearest(run: LoadedRun) -> NearestDemonstration | None:
     data = run.config.data
     if not all(Path(root).is_dir() for root in roots_of(data.root)):
         return None
-    training = WindowDataset(read_episodes(data.root, data.cameras, data.trail), data, run.config.model.views, "train", run.config.seed)
+    training = WindowDataset(episodes_of(data), data, run.config.model.views, "train", run.config.seed)
     return NearestDemonstration(training, metrics.num_given_frames(run.config.train.condition_frames))
 
 
@@ -365,7 +371,7 @@ def sample_pictures(
     if fps is None:
         if gone := [root for root in roots_of(data.root) if not Path(root).is_dir()]:
             raise MvwanError(f"{gone[0]}: the run's demonstrations are gone, so its frame rate is not known. Give --fps.")
-        fps = read_episodes(data.root, data.cameras, data.trail)[0].fps / data.frame_interval
+        fps = episodes_of(data)[0].fps / data.frame_interval
     prediction = predict(
         loaded,
         pictures,

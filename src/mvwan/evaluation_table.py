@@ -120,6 +120,8 @@ def _by_frame(result: Mapping[str, Any]) -> Table:
 def _remarks(result: Mapping[str, Any]) -> list[str]:
     """What the columns do not tell of themselves."""
     remarks = []
+    if damaged := result.get("damaged_windows"):  # which results of earlier versions do not tell
+        remarks.append(f"{damaged} windows are damaged and left out.")
     if result["given_frames"] == 1:
         remarks.append("constant velocity: its speed is that over the frame before the window, which the run does not see.")
     if (found := result["nearest_windows"]) < result["num_windows"]:

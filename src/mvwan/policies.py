@@ -13,7 +13,8 @@ import numpy as np
 
 from mvwan.batch import Episode
 from mvwan.cameras import Camera
-from mvwan.data.dataset import Root, kept_out, read_episodes
+from mvwan.config import DataConfig
+from mvwan.data.dataset import episodes_of, kept_out
 from mvwan.data.transforms import resize
 from mvwan.errors import MvwanError
 from mvwan.files import sha256_json
@@ -161,17 +162,14 @@ class Hold:
 class Demonstrations:
     """What a run was trained on, as far as policies need it."""
 
-    root: Root
-    cameras: tuple[str, ...] | None
+    data: DataConfig
     seed: int
-    validation_share: float
-    on_corrupt: Literal["stop", "skip"] = "stop"
 
     @cached_property
     def training(self) -> tuple[Episode, ...]:
         """The episodes that are not held out."""
-        episodes = read_episodes(self.root, self.cameras, on_corrupt=self.on_corrupt)
-        validation = kept_out(episodes, self.seed, self.validation_share)
+        episodes = episodes_of(self.data)
+        validation = kept_out(episodes, self.seed, self.data.validation_share)
         return tuple(episode for episode in episodes if episode.name not in validation)
 
     @property
@@ -190,7 +188,9 @@ class Demonstrations:
         fps = self.training[0].fps
         steps = CONTROL_STEPS_PER_SECOND / fps
         if steps != round(steps):
-            raise MvwanError(f"{self.root}: {fps} frames per second; Meta-World's {CONTROL_STEPS_PER_SECOND} steps are no multiple of that")
+            raise MvwanError(
+                f"{self.data.root}: {fps} frames per second; Meta-World's {CONTROL_STEPS_PER_SECOND} steps are no multiple of that"
+            )
         return round(steps)
 
     @property

@@ -23,7 +23,7 @@ import mvwan
 from mvwan.checkpoint import checkpoint_digest
 from mvwan.closed_loop import evaluate_closed_loop, render
 from mvwan.config import Config, dump_yaml
-from mvwan.data.dataset import WindowDataset, read_episodes
+from mvwan.data.dataset import WindowDataset, episodes_of
 from mvwan.errors import MvwanError
 from mvwan.files import read_json, write_file, write_json
 from mvwan.latent_cache import build_cache
@@ -142,7 +142,7 @@ def _run_baseline(script: Path, words: Sequence[str], product: Path) -> None:
 
 def _encode(config: Config, latents: Path) -> None:
     codec = LatentCodec.load(config.base.codec or config.base.source, config.data.text_tokens)
-    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail, config.data.on_corrupt)
+    episodes = episodes_of(config.data)
     for split in ("train", "validation"):
         windows = WindowDataset(episodes, config.data, config.model.views, split, config.seed)
         if len(windows):

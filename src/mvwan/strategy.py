@@ -6,6 +6,7 @@ What accelerate was asked for is done or refused, never replaced. Knows no loop 
 import atexit
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -65,6 +66,8 @@ def make_accelerator(config: Config, output: Path) -> Accelerator:
     plugin = _sharding_plugin()
     zero = DeepSpeedPlugin(hf_ds_config=zero_settings(config.train)) if _is_on("ACCELERATE_USE_DEEPSPEED") else None
     on_cpu = not torch.accelerator.is_available()
+    if config.train.compile:
+        _check_compiler(on_cpu)
     accelerator = Accelerator(
         cpu=on_cpu and zero is None,  # with it, accelerate would forget DeepSpeed
         mixed_precision=settle(config).train.precision,
@@ -108,6 +111,9 @@ def prepare(
     accelerator: Accelerator, own: HeatmapWanTrainingModule, optimizer: torch.optim.AdamW
 ) -> tuple[Any, Any, Callable[[nn.Parameter], torch.Tensor | FlatPart | None]]:
     """(module, optimizer, parameter -> gradient) as the strategy needs them. Under FSDP2 the module is `own`, its parameters spread."""
+    if own.config.train.compile:
+        for block in own.model.blocks:  # alike, so that one compilation serves them all
+            block.compile()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # Here accelerate leaves autocast to DeepSpeed, which would choose other layers for it.
         own.forward = torch.autocast(accelerator.device.type, torch.bfloat16, own.config.train.precision == "bf16")(own.forward)
@@ -169,6 +175,20 @@ def _join_processes(accelerator: Accelerator, plugin: FullyShardedDataParallelPl
         raise MvwanError(
             "FSDP2 was asked for without a group of processes to spread over. "
             "Start with accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 ... (or unset ACCELERATE_USE_FSDP for one.)"
+        )
+
+
+def _check_compiler(on_cpu: bool) -> None:
+    """Nothing, or `MvwanError` where `torch.compile` would find nothing to compile with."""
+    if not on_cpu:
+        if importlib.util.find_spec("triton") is None:
+            raise MvwanError("train.compile=true: the package triton is not installed. Run `pip install triton`, or leave the setting out.")
+        return
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    if not any(map(shutil.which, compilers)):
+        raise MvwanError(
+            f"train.compile=true: on a processor it needs a C++ compiler; there is no {' and no '.join(compilers)}. Install one, or leave "
+            "the setting out."
         )
 
 

@@ -43,7 +43,7 @@ from mvwan.batch import Batch
 from mvwan.checkpoint_writer import CheckpointWriter
 from mvwan.compatibility import check_resume, check_skipped
 from mvwan.config import Config, dump_yaml
-from mvwan.data.dataset import WindowDataset, read_episodes
+from mvwan.data.dataset import WindowDataset, episodes_of
 from mvwan.errors import MvwanError, PreemptedError
 from mvwan.files import flatten, json_line, plain_words, read_json, read_json_lines, remove_leftovers, write_file, write_json
 from mvwan.latent_cache import LatentCache
@@ -369,7 +369,7 @@ def _loss_names(config: Config) -> tuple[str, ...]:
 
 def _build(config: Config, output: Path, accelerator: Accelerator, found: Path | None, accept_trainable_change: bool) -> State:
     """The state before the first step of this process. Every check comes before the first byte is written."""
-    episodes = read_episodes(config.data.root, config.data.cameras, config.data.trail, config.data.on_corrupt)
+    episodes = episodes_of(config.data)
     training, held_out = (WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation"))
     training.check_actions(config.model.action_head)
     training.check_calibrated(config.model.view_code)

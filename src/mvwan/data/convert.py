@@ -1,6 +1,6 @@
 """Datasets of other formats -> LeRobot v3 with calibration: the format that the ecosystem reads. Knows no format's layout."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from mvwan.batch import Episode
 from mvwan.config import DataConfig
-from mvwan.data.dataset import format_of, read_episodes
+from mvwan.data.dataset import episodes_of, format_of
 from mvwan.data.lerobot import write_dataset
 from mvwan.errors import MvwanError
 
@@ -34,7 +34,7 @@ def convert(source: str | Path, output: str | Path, data: DataConfig, progress: 
     nothing, for datasets without calibration, for cameras that differ from episode to episode, and for frames without a label.
     """
     kind = format_of(source)
-    episodes = read_episodes(source, data.cameras, data.trail)
+    episodes = episodes_of(replace(data, on_corrupt="stop"), source)
     for episode in episodes:
         _check(episode, episodes[0])
     turns = all("hand_quaternion_wxyz" in episode.extra for episode in episodes)

@@ -70,6 +70,11 @@ def read_episodes(
     return found
 
 
+def episodes_of(data: DataConfig, root: Root | None = None) -> Episodes:
+    """The episodes that a run with these settings sees, of its own dataset or of the one at `root`. Errors as of `read_episodes`."""
+    return read_episodes(data.root if root is None else root, data.cameras, data.trail, data.on_corrupt)
+
+
 def _read_folders(
     roots: Sequence[str], cameras: Sequence[str] | None, trail: TrailConfig | None, left_out: list[LeftOut] | None
 ) -> Iterable[Episode]:
