@@ -6,7 +6,7 @@ from tests.data_memory import WINDOWS, peak_bytes, write_many
 
 FEW, MANY = 1_000, 10_000
 MOST_BYTES_PER_EPISODE = 24 * 1024
-"""At the peak, while the tables are read; measured: 21 KB. A kilobyte for each window, as names and paths take it, would make it 41 KB."""
+"""At the peak, while the tables are read; measured: 17 KB. A kilobyte for each window, as names and paths take it, would make it 37 KB."""
 
 
 def test_memory_grows_by_a_few_kilobytes_per_episode(tmp_path: Path) -> None:

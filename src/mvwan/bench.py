@@ -26,7 +26,7 @@ from mvwan.precision import settle
 from mvwan.shapes import LATENT_CHANNELS, PATCH_SIZE, num_frames_of, num_tokens
 from mvwan.training_module import HeatmapWanTrainingModule
 
-STOCK, OFF, ON = "stock, views alone", "multi-view, off", "multi-view, on"
+STOCK, OFF, ON, COMPILED = "stock, views alone", "multi-view, off", "multi-view, on", "multi-view, off, compiled"
 _STOCK_GROUPS = ("lora", "all")
 
 
@@ -98,13 +98,20 @@ class BenchReport:
         return table
 
 
-def run_bench(base: str = "tiny", sizes: Sizes | None = None, repeats: int = 9, seed: int = 0, random_weights: bool = False) -> BenchReport:
-    """Times of `repeats` steps of each arm, after one step each that is not counted. Raises `MvwanError` for a bad base or number."""
+def run_bench(
+    base: str = "tiny", sizes: Sizes | None = None, repeats: int = 9, seed: int = 0, random_weights: bool = False, compiled: bool = False
+) -> BenchReport:
+    """Times of `repeats` steps of each arm, after one step each that is not counted; `compiled` adds an arm as `train.compile` makes it.
+
+    Raises `MvwanError` for a bad base or number.
+    """
     if repeats < 1:
         raise MvwanError(f"repeats={repeats}: must be at least 1. Set --repeats.")
     sizes = sizes or Sizes()
     configs = {name: _config(base, sizes, switch, random_weights) for name, switch in ((OFF, False), (ON, True))}
     steps = {STOCK: _stock_arm(configs[OFF], sizes, seed)} | {name: _multiview_arm(config, sizes, seed) for name, config in configs.items()}
+    if compiled:
+        steps[COMPILED] = _multiview_arm(configs[OFF], sizes, seed, compiled=True)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):
         for name, (step, _) in steps.items():
@@ -129,8 +136,10 @@ def _config(base: str, sizes: Sizes, switch: bool, random_weights: bool) -> Conf
     return settle(config_from_dict(settings, "bench"))
 
 
-def _multiview_arm(config: Config, sizes: Sizes, seed: int) -> tuple[Step, int]:
+def _multiview_arm(config: Config, sizes: Sizes, seed: int, compiled: bool = False) -> tuple[Step, int]:
     module = HeatmapWanTrainingModule(config=config, print_banners=False)
+    if compiled:
+        module.compile_blocks()
     optimizer = torch.optim.AdamW(optimizer_groups(module.model, module.groups))
     shape = (sizes.batch, sizes.views, LATENT_CHANNELS, sizes.latent_frames, sizes.latent_height, sizes.latent_width)
     generator = torch.Generator().manual_seed(seed)
@@ -188,12 +197,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="tiny")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--compile", action="store_true", help="add an arm with train.compile")
     parser.add_argument("--json", action="store_true")
     for name, value in asdict(Sizes()).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     try:
-        report = run_bench(args.base, Sizes(**{name: getattr(args, name) for name in asdict(Sizes())}), args.repeats)
+        report = run_bench(args.base, Sizes(**{name: getattr(args, name) for name in asdict(Sizes())}), args.repeats, compiled=args.compile)
     except MvwanError as error:
         print(f"bench: {error}", file=sys.stderr)
         sys.exit(2)

@@ -82,10 +82,10 @@ def predict(
     """What happens after `images`, over `num_frames` pictures per view (None: as many as in training), in `steps` Euler steps.
 
     images [V H W 3] uint8, one first picture per camera ([V F H W 3] for runs with several given frames). `cameras` belong to
-    pictures of this size. point_m [3] (or [F 3]), metres, is where the tracked point is now: the robot knows its tool point. Or point_px
-    [V 2] (or [V F 2]), where each view shows it, NaN where one does not. Without either the first heatmap is blank, as in training when
-    no camera sees the point. gripper_open (or [F]), 0..1, is how far the gripper
-    is open now: a model with an action head repeats it in the given frames, and says its own without it; no other model reads it.
+    pictures of this size. point_m [3] (or [F 3]), metres, is where the tracked point is now: the robot knows its tool point. Or
+    point_px [V 2] (or [V F 2]), where each view shows it, NaN where one does not. Without either the first heatmap is blank, as in
+    training when no camera sees the point. gripper_open (or [F]), 0..1, is how far the gripper is open now: a model with an action
+    head repeats it in the given frames, and says its own without it; no other model reads it.
     `heat_only` leaves the pictures undecoded, which saves half of the time: `rgb` then ends with the given ones. A bare model needs
     `codec`, and `config` where its training differed from the defaults. Same seed, same prediction. Raises `MvwanError` for pictures
     that do not fit.

@@ -112,8 +112,7 @@ def prepare(
 ) -> tuple[Any, Any, Callable[[nn.Parameter], torch.Tensor | FlatPart | None]]:
     """(module, optimizer, parameter -> gradient) as the strategy needs them. Under FSDP2 the module is `own`, its parameters spread."""
     if own.config.train.compile:
-        for block in own.model.blocks:  # alike, so that one compilation serves them all
-            block.compile()
+        own.compile_blocks()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # Here accelerate leaves autocast to DeepSpeed, which would choose other layers for it.
         own.forward = torch.autocast(accelerator.device.type, torch.bfloat16, own.config.train.precision == "bf16")(own.forward)

@@ -121,6 +121,11 @@ class HeatmapWanTrainingModule(nn.Module):
             part.training = mode and any(parameter.requires_grad for parameter in part.parameters())
         return self
 
+    def compile_blocks(self) -> None:
+        """Nothing; when a block first runs, `torch.compile` makes kernels of it. Blocks are alike: one compilation serves them all."""
+        for block in self.model.blocks:
+            block.compile()
+
     def saved_tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint must hold, by parameter name: the trained tensors, and frozen ones that `checkpoint` brought along."""
         parameters = parameters_by_name(self.model)

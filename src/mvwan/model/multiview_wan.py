@@ -83,44 +83,33 @@ class MultiViewWanBlock(WanTransformerBlock):
         rope_frames over (f n), rope_streams over (S n), each (cos, sin); rays [B S n 6] float32, for a block with a camera code.
         """
         with fastest_attention(x.device):
-            return self._forward(x, text, time, rope_frames, rope_streams, rays)
+            streams, frames, tokens = x.shape[1:4]
+            table = rearrange(self.scale_shift_table + time.float(), "B f k D -> k B 1 f 1 D")
+            shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = table.unbind(0)
+            shift_mvs, scale_mvs, gate_mvs = rearrange(self.modulation_mvs + time[:, :, :3].float(), "B f k D -> k B 1 f 1 D").unbind(0)
 
-    def _forward(
-        self,
-        x: torch.Tensor,
-        text: torch.Tensor,
-        time: torch.Tensor,
-        rope_frames: tuple[torch.Tensor, torch.Tensor],
-        rope_streams: tuple[torch.Tensor, torch.Tensor],
-        rays: torch.Tensor | None,
-    ) -> torch.Tensor:
-        streams, frames, tokens = x.shape[1:4]
-        table = rearrange(self.scale_shift_table + time.float(), "B f k D -> k B 1 f 1 D")
-        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = table.unbind(0)
-        shift_mvs, scale_mvs, gate_mvs = rearrange(self.modulation_mvs + time[:, :, :3].float(), "B f k D -> k B 1 f 1 D").unbind(0)
+            # Within each view: all frames.
+            y = modulate(self.norm1(x.float()), shift, scale).type_as(x)
+            y = self.attn1(rearrange(y, "B S f n D -> (B S) (f n) D"), None, None, rope_frames)
+            x = (x.float() + rearrange(y, "(B S) (f n) D -> B S f n D", S=streams, f=frames) * gate).type_as(x)
 
-        # Within each view: all frames.
-        y = modulate(self.norm1(x.float()), shift, scale).type_as(x)
-        y = self.attn1(rearrange(y, "B S f n D -> (B S) (f n) D"), None, None, rope_frames)
-        x = (x.float() + rearrange(y, "(B S) (f n) D -> B S f n D", S=streams, f=frames) * gate).type_as(x)
+            # Within each latent frame: all views.
+            y = modulate(self.norm_mvs(x.float()), shift_mvs, scale_mvs)
+            if self.camera_code is not None and rays is not None:
+                with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round a ray to a fifth of a degree
+                    y = y + self.camera_code(rays)[:, :, None]
+            y = y.type_as(x)
+            y = self.mvs_attn(rearrange(y, "B S f n D -> (B f) (S n) D"), None, None, rope_streams)
+            y = self.projector(y)
+            x = (x.float() + rearrange(y, "(B f) (S n) D -> B S f n D", f=frames, S=streams) * gate_mvs).type_as(x)
 
-        # Within each latent frame: all views.
-        y = modulate(self.norm_mvs(x.float()), shift_mvs, scale_mvs)
-        if self.camera_code is not None and rays is not None:
-            with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round a ray to a fifth of a degree
-                y = y + self.camera_code(rays)[:, :, None]
-        y = y.type_as(x)
-        y = self.mvs_attn(rearrange(y, "B S f n D -> (B f) (S n) D"), None, None, rope_streams)
-        y = self.projector(y)
-        x = (x.float() + rearrange(y, "(B f) (S n) D -> B S f n D", f=frames, S=streams) * gate_mvs).type_as(x)
+            # The prompt: each token looks by itself, so the streams of a sample share keys and values.
+            y = self.norm2(x.float()).type_as(x)
+            y = self.attn2(rearrange(y, "B S f n D -> B (S f n) D"), text, None, None)
+            x = x + rearrange(y, "B (S f n) D -> B S f n D", S=streams, f=frames, n=tokens).type_as(x)
 
-        # The prompt: each token looks by itself, so the streams of a sample share keys and values.
-        y = self.norm2(x.float()).type_as(x)
-        y = self.attn2(rearrange(y, "B S f n D -> B (S f n) D"), text, None, None)
-        x = x + rearrange(y, "B (S f n) D -> B S f n D", S=streams, f=frames, n=tokens).type_as(x)
-
-        y = modulate(self.norm3(x.float()), shift_ffn, scale_ffn).type_as(x)
-        return (x.float() + self.ffn(y).float() * gate_ffn).type_as(x)
+            y = modulate(self.norm3(x.float()), shift_ffn, scale_ffn).type_as(x)
+            return (x.float() + self.ffn(y).float() * gate_ffn).type_as(x)
 
 
 class StreamHead(nn.Module):
