@@ -58,7 +58,7 @@ def test_tracking_without_calibration_says_what_it_lacks(tracking: Path) -> None
 def test_short_episodes_are_told(tiny_demonstrations: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = list(read_lerobot(tiny_demonstrations))
     short = replace(whole[0], point_m=whole[0].point_m[:3], gripper_open=whole[0].gripper_open[:3], extra={})
-    monkeypatch.setattr(data_report, "read_episodes", lambda *_, **__: Episodes((short, *whole[1:])))
+    monkeypatch.setattr(data_report, "episodes_of", lambda *_, **__: Episodes((short, *whole[1:])))
     report, _ = inspect(config_of(tiny_demonstrations, validation_share=0.0))
     assert report.too_short == (short.name,)
     assert report.missing[-1] == f"1 episodes are shorter than a window and left out, {short.name} among them"

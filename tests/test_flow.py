@@ -155,6 +155,18 @@ def test_euler_walks_a_straight_path_exactly_and_a_curved_one_better_with_more_s
     assert error(160) < 0.6 * error(80) < 0.05
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_euler_asks_for_no_sigma_below_the_trained_ones(steps: int) -> None:
+    spaced = flow.euler_sigmas(steps, shift=5.0, sigma_min=0.6)
+    lowest = flow.warp(torch.tensor(0.6), 5.0)
+    assert spaced[0] == 1
+    assert spaced[-1] == 0
+    assert bool((spaced.diff() < 0).all())
+    assert bool((spaced[:-1] > lowest).all())
+    torch.testing.assert_close(spaced[-2], flow.warp(torch.tensor(0.6 + 0.4 / steps), 5.0))
+    torch.testing.assert_close(flow.euler_sigmas(5, 5.0, 0.0), flow.warp(torch.linspace(1, 0, 6), 5.0))
+
+
 def test_timesteps_keep_a_thousand_values_where_bf16_keeps_fewer() -> None:
     sigma = flow.euler_sigmas(1000, shift=5.0)[:-1]
     assert flow.timestep(sigma).dtype == torch.float32

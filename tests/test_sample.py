@@ -56,17 +56,18 @@ def window(tiny_demonstrations: Path):
 SETTINGS = config_from_dict({"data": {"num_frames": 5, "height_px": 64, "width_px": 64, "heatmap_sigma_px": 2.5, "text_tokens": 32}})
 
 
-@pytest.mark.parametrize("denoise_steps", [1, 5])
-def test_a_straight_path_is_walked_exactly(denoise_steps: int) -> None:
+@pytest.mark.parametrize(("denoise_steps", "sigma_min"), [(1, 0.0), (5, 0.0), (1, 0.6), (4, 0.6)])
+def test_a_straight_path_is_walked_exactly(denoise_steps: int, sigma_min: float) -> None:
     shape = (2, 3, 96, 3, 2, 4)
     clean = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     noise = flow.draw_noise(7, 0, ["0", "1"], shape[1:])
     network = StraightPath(flow.velocity_target(clean, noise))
     text = torch.zeros(2, 4, 8)
-    found, _ = denoise(network, clean[:, :, :, :1], text, 3, denoise_steps=denoise_steps, seed=7, shift=5.0, precision="no")
+    given, options = clean[:, :, :, :1], {"shift": 5.0, "sigma_min": sigma_min}
+    found, _ = denoise(network, given, text, 3, denoise_steps=denoise_steps, seed=7, precision="no", **options)
     assert torch.equal(found[:, :, :, :1], clean[:, :, :, :1])
     assert torch.allclose(found, clean, atol=2e-6)
-    sigmas = flow.euler_sigmas(denoise_steps, 5.0)
+    sigmas = flow.euler_sigmas(denoise_steps, **options)
     assert len(network.asked) == denoise_steps
     for (latents, timestep, condition_frames), sigma in zip(network.asked, sigmas, strict=False):
         assert torch.equal(latents[:, :, :, :1], clean[:, :, :, :1])

@@ -221,7 +221,7 @@ class FlowConfig:
     shift: float = 5.0
     """Warp towards noise: sigma' = shift * sigma / (1 + (shift - 1) * sigma)."""
     sigma_min: float = 0.0
-    """Lowest sigma drawn in training, before the shift."""
+    """Lowest sigma drawn in training, before the shift; a prediction goes from there to 0 in one step."""
     sigma_max: float = 1.0
     """Highest sigma drawn in training, before the shift."""
 

@@ -143,9 +143,14 @@ def total_loss(
     return rgb_weight * rgb + (1 - rgb_weight) * heat + action_weight * (gripper + rotation)
 
 
-def euler_sigmas(denoise_steps: int, shift: float) -> torch.Tensor:
-    """[denoise_steps + 1] float32 from 1 down to 0, evenly spaced before the warp."""
-    return warp(torch.linspace(1, 0, denoise_steps + 1, dtype=torch.float64), shift).to(torch.float32)
+def euler_sigmas(denoise_steps: int, shift: float, sigma_min: float = 0.0) -> torch.Tensor:
+    """[denoise_steps + 1] float32 from 1 down to 0: evenly spaced from 1 to `sigma_min` before the warp, the last step goes on to 0.
+
+    A network trained at `sigma_min` and above is not asked about less noise than it has learned from.
+    """
+    spaced = torch.linspace(1, sigma_min, denoise_steps + 1, dtype=torch.float64)
+    spaced[-1] = 0
+    return warp(spaced, shift).to(torch.float32)
 
 
 def euler_step(

@@ -126,6 +126,7 @@ def predict(
         denoise_steps=steps,
         seed=seed,
         shift=config.flow.shift,
+        sigma_min=config.flow.sigma_min,
         precision=config.train.precision,
         rays=None if model.view_code == "slot" else camera_rays(cameras, *clean.shape[-2:])[None],
         view_names=[camera.name for camera in cameras] if model.view_code == "camera" else None,
@@ -149,6 +150,7 @@ def denoise(
     denoise_steps: int,
     seed: int,
     shift: float,
+    sigma_min: float = 0.0,
     precision: Literal["auto", "bf16", "no"] = "auto",
     sample_ids: Sequence[str] | None = None,
     rays: torch.Tensor | None = None,
@@ -158,7 +160,8 @@ def denoise(
 
     The logits [B F A] are what an action head says in the last network call, at the lowest sigma; None without one. The noise is a
     pure function of (seed, sample id), or with `view_names` that of each view one of (seed, sample id, its name), so that it goes where
-    its view goes; ids default to `0`, `1`, … . `rays` are those that the model's `forward` takes. One network call per step.
+    its view goes; ids default to `0`, `1`, … . `rays` are those that the model's `forward` takes. One network call per step, none below
+    `sigma_min` (before the shift).
     """
     if denoise_steps < 1:
         raise MvwanError(f"steps={denoise_steps}: at least one Euler step is needed. Five are enough for most runs.")
@@ -176,7 +179,7 @@ def denoise(
         noise = flow.draw_noise(seed, 0, [f"{one}/{name}" for one in ids for name in view_names], of_view).unflatten(0, (batch, views))
     latents = torch.cat([given.float().cpu(), noise[:, :, :, condition_frames:]], dim=3).to(device)
     text, rays = text.to(device), None if rays is None else rays.to(device)
-    sigmas = flow.euler_sigmas(denoise_steps, shift).tolist()
+    sigmas = flow.euler_sigmas(denoise_steps, shift, sigma_min).tolist()
     predicted, logits = slice(condition_frames, None), None
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         for sigma, next_sigma in pairwise(sigmas):

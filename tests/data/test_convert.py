@@ -81,7 +81,7 @@ def test_what_lerobot_has_no_word_for_is_named(
     tiny_demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil, message: str
 ) -> None:
     first, second, *_ = read_episodes(tiny_demonstrations)
-    monkeypatch.setattr(module, "read_episodes", lambda *_: (first, spoil(second)))
+    monkeypatch.setattr(module, "episodes_of", lambda *_: (first, spoil(second)))
     with pytest.raises(MvwanError, match=message):
         convert(tiny_demonstrations, tmp_path / "out", DATA, progress=False)
     assert not (tmp_path / "out").exists()
