@@ -36,14 +36,14 @@ lint: $(INSTALLED) ## ruff (rules and format), pyright, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/shellcheck --external-sources scripts/*.sh .ci/run
+	$(BIN)/shellcheck --external-sources scripts/*.sh configs/slurm/train.sbatch .ci/run
 
-bench: $(INSTALLED) ## seconds of a training step beside stock diffusers, one table
-	$(BIN)/python -m mvwan.bench
+bench: $(INSTALLED) ## steps beside peers and the floor, costs, the way of the data, growth: runs/bench
+	$(BIN)/mvwan bench --output runs/bench
 
 lock: ## resolve pyproject.toml anew and rewrite requirements.lock
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet '.[sim,view,dev]'
+	build/lock/bin/python -m pip install --quiet '.[sim,view,bench,dev]'
 	{ sed -n '/^#/p' requirements.lock; build/lock/bin/python -m pip freeze --all --exclude pip --exclude mvwan | sed 's/+cpu$$//'; } > build/requirements.lock
 	mv build/requirements.lock requirements.lock
 

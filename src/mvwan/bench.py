@@ -1,217 +1,284 @@
-"""Seconds of a training step: the multi-view model, switch off and on, beside stock diffusers on the same views one by one.
+"""What a machine makes of this project, in one table: steps beside peers and the floor, costs, the way of the data, and growth.
 
-All arms run in one process, taking turns, so that a busy machine slows them alike; what counts is the ratio of their medians.
-Stock Wan gets per-token timesteps, as its own pipeline gives them, and the same LoRA. Measures steps alone: no data, no disk.
+What is compared takes turns in one process, so that a busy machine slows all of it alike; medians count, and their ratios. Memory is
+that of processes of their own. Nothing here needs a download or demonstrations: weights and pictures are random where none ship.
 """
 
-import argparse
-import json
+import platform
 import statistics
-import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
-from mvwan import flow
-from mvwan.batch import Batch
-from mvwan.config import Config, config_from_dict
+import mvwan
+from mvwan.bench_networks import (
+    DEFAULT_SIZES,
+    SizeName,
+    Sizes,
+    Step,
+    base_of,
+    config_for,
+    denoising_step,
+    in_stock_style,
+    stock_training_step,
+    training_step,
+    untrained,
+)
+from mvwan.bench_pipeline import measure_pipeline
+from mvwan.bench_points import GROWTH, Growth, measure_growth, run_point
+from mvwan.config import Config
 from mvwan.errors import MvwanError
-from mvwan.model.trainable import apply, optimizer_groups, resolve_groups
-from mvwan.model.wan import load_transformer
-from mvwan.precision import settle
-from mvwan.shapes import LATENT_CHANNELS, PATCH_SIZE, num_frames_of, num_tokens
+from mvwan.model.movement import MovementProof, gradient_norms
+from mvwan.model.trainable import merge_adapters, parameters_by_name
 from mvwan.training_module import HeatmapWanTrainingModule
 
-STOCK, OFF, ON, COMPILED = "stock, views alone", "multi-view, off", "multi-view, on", "multi-view, off, compiled"
-_STOCK_GROUPS = ("lora", "all")
+Section = Literal["steps", "costs", "pipeline", "growth"]
+SECTIONS: tuple[Section, ...] = ("steps", "costs", "pipeline", "growth")
+STOCK_STYLE, STOCK, OFF, ON, COMPILED = (
+    "the same network in stock style",
+    "stock Wan, views alone",
+    "MultiViewWan, switch off",
+    "MultiViewWan, switch on",
+    "MultiViewWan, switch off, compiled",
+)
+FLOOR = "the floor: its products alone"
+_PRODUCT = (2048, 2048, 2048)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """The batch that every arm trains on."""
+class Row:
+    """A line of the table."""
 
-    batch: int = 2
-    views: int = 3
-    latent_frames: int = 4
-    latent_height: int = 8
-    latent_width: int = 8
-    text_tokens: int = 32
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise MvwanError(f"{name}={value}: must be at least 1. Set --{name}.")
-        if self.latent_frames < 2:
-            raise MvwanError("latent_frames=1: the first one is given, so nothing would be predicted. Set --latent_frames 2 or more.")
-        for name in ("latent_height", "latent_width"):
-            if getattr(self, name) % PATCH_SIZE[1]:
-                raise MvwanError(f"{name}={getattr(self, name)}: must be a multiple of {PATCH_SIZE[1]}. Set --{name}.")
+    what: str
+    value: float
+    unit: str
+    low: float | None = None
+    high: float | None = None
+    """Smallest and largest of the repeats."""
+    ratio: float | None = None
+    """Of `value` to that of `beside`."""
+    beside: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
-    """What was measured of one model."""
+class Table:
+    """The lines of one comparison."""
 
-    name: str
-    trainable_parameters: int
-    seconds: tuple[float, ...]
-    """Of each step, in the order they ran."""
-
-    @property
-    def median_s(self) -> float:
-        return statistics.median(self.seconds)
+    title: str
+    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """The arms, stock first."""
+    """All that was measured."""
 
-    base: str
+    size: SizeName
     sizes: Sizes
-    threads: int
-    arms: tuple[Arm, ...]
+    machine: Mapping[str, Any]
+    tables: tuple[Table, ...]
+    growth: tuple[Growth, ...] = ()
 
-    def ratio(self, arm: Arm) -> float:
-        """Median of `arm` over the median of stock."""
-        return arm.median_s / self.arms[0].median_s
-
-    def to_json(self) -> dict[str, object]:
-        """Plain dicts and numbers, ready for `json.dumps`."""
-        arms = [asdict(arm) | {"median_s": arm.median_s, "ratio_to_stock": self.ratio(arm)} for arm in self.arms]
-        return {"base": self.base, "sizes": asdict(self.sizes), "threads": self.threads, "arms": arms}
-
-    def render(self) -> Table:
-        """A rich table for `Console.print`."""
-        sizes = self.sizes
-        table = Table(
-            title=f"Training step of {self.base}: {sizes.batch} samples x {sizes.views} views x {sizes.latent_frames} latent frames"
-        )
-        for header in ("model", "trained", "median s", "fastest", "slowest", "x stock"):
-            table.add_column(header, justify="left" if header == "model" else "right", no_wrap=True)
-        for arm in self.arms:
-            times = [f"{value:.3f}" for value in (arm.median_s, min(arm.seconds), max(arm.seconds))]
-            table.add_row(arm.name, f"{arm.trainable_parameters:,}", *times, f"{self.ratio(arm):.2f}")
-        return table
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, ready for `json.dumps`."""
+        return asdict(self)
 
 
 def run_bench(
-    base: str = "tiny", sizes: Sizes | None = None, repeats: int = 9, seed: int = 0, random_weights: bool = False, compiled: bool = False
+    size: SizeName = "tiny",
+    sizes: Sizes | None = None,
+    sections: Sequence[Section] = SECTIONS,
+    repeats: int = 7,
+    seed: int = 0,
+    compiled: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> BenchReport:
-    """Times of `repeats` steps of each arm, after one step each that is not counted; `compiled` adds an arm as `train.compile` makes it.
+    """What was measured, each step `repeats` times after one that is not counted. `compiled` adds the model as `train.compile` makes it.
 
-    Raises `MvwanError` for a bad base or number.
+    `say` hears what is being measured. Raises `MvwanError` for a bad number.
     """
     if repeats < 1:
         raise MvwanError(f"repeats={repeats}: must be at least 1. Set --repeats.")
-    sizes = sizes or Sizes()
-    configs = {name: _config(base, sizes, switch, random_weights) for name, switch in ((OFF, False), (ON, True))}
-    steps = {STOCK: _stock_arm(configs[OFF], sizes, seed)} | {name: _multiview_arm(config, sizes, seed) for name, config in configs.items()}
-    if compiled:
-        steps[COMPILED] = _multiview_arm(configs[OFF], sizes, seed, compiled=True)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    sizes = sizes or DEFAULT_SIZES[size]
+    if "pipeline" in sections and size != "tiny" and tuple(sections) != SECTIONS:
+        raise MvwanError(f"pipeline: size {size} has random weights and no VAE. Set --size tiny, or choose other parts by --part.")
+    tables: list[Table] = []
+    growth: tuple[Growth, ...] = ()
+    with base_of(size) as base:
+        config = config_for(size, base, sizes.views)
+        if "steps" in sections:
+            say("training and denoising steps")
+            tables += measure_steps(config, sizes, repeats, seed, compiled)
+        if "costs" in sections:
+            say("what the switch, float32 masters and the proof cost")
+            tables.append(measure_costs(config, sizes, repeats, seed))
+        if "pipeline" in sections and size == "tiny":
+            say("from pictures to steps, checkpoints, start and predictions")
+            with tempfile.TemporaryDirectory() as folder:
+                found = measure_pipeline(config, sizes, Path(folder), repeats, seed)
+            tables += [Table(title=title, rows=tuple(Row(**row) for row in rows)) for title, rows in found.items()]
+        if "growth" in sections:
+            growth = tuple(measure_growth(config, sizes, axis, say) for axis in GROWTH)
+    return BenchReport(size=size, sizes=sizes, machine=machine(config), tables=tuple(tables), growth=growth)
+
+
+def machine(config: Config) -> dict[str, Any]:
+    """The machine, as far as it explains the numbers, and what is computed in."""
+    return {
+        "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "mvwan": mvwan.__version__,
+        "products": "bfloat16" if config.train.precision == "bf16" else "float32",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def take_turns(arms: Mapping[str, Step], repeats: int) -> dict[str, list[float]]:
+    """Arm -> seconds of each of its `repeats` steps, one of each arm in turn, after one of each that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
     for repeat in range(repeats + 1):
-        for name, (step, _) in steps.items():
+        for name, step in arms.items():
             start = time.perf_counter()
             step(repeat)
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
-    arms = tuple(Arm(name=name, trainable_parameters=count, seconds=tuple(seconds[name])) for name, (_, count) in steps.items())
-    return BenchReport(base=base, sizes=sizes, threads=torch.get_num_threads(), arms=arms)
+    return seconds
 
 
-Step = Callable[[int], None]
+def row(what: str, seconds: Sequence[float], beside: tuple[str, Sequence[float]] | None = None, note: str = "") -> Row:
+    """The line of a step: its median, spread, and ratio to the median of what it stands beside."""
+    middle = statistics.median(seconds)
+    ratio = None if beside is None else middle / statistics.median(beside[1])
+    return Row(
+        what=what, value=middle, unit="s", low=min(seconds), high=max(seconds), ratio=ratio, beside=beside[0] if beside else "", note=note
+    )
 
 
-def _config(base: str, sizes: Sizes, switch: bool, random_weights: bool) -> Config:
-    settings = {
-        "base": {"source": base, "random_weights": random_weights},
-        "model": {"views": sizes.views},
-        "trainable": {"lora": {"rank": 8}},
-        "unfreeze_modulation_and_norms": switch,
+# ── steps beside peers and floor ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def measure_steps(config: Config, sizes: Sizes, repeats: int, seed: int, compiled: bool) -> list[Table]:
+    """Two tables: training steps, and the network call of a denoising step."""
+    product, flops_of_product = _large_product(config)
+    tables = []
+    for title, arms, trained in (
+        ("Training step: forward, backward, AdamW", *_training_arms(config, sizes, seed, compiled)),
+        ("Denoising step: one network call", *_denoising_arms(config, sizes, seed)),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            arms[OFF](0)
+        flops = counter.get_total_flops()
+        seconds = take_turns({**arms, FLOOR: product}, repeats)
+        rate = flops_of_product / statistics.median(seconds[FLOOR])
+        peer = (STOCK_STYLE, seconds[STOCK_STYLE])
+        rows = [row(name, times, peer, trained.get(name, "")) for name, times in seconds.items() if name != FLOOR]
+        floor_s = flops / rate
+        peer_s, own_s = statistics.median(seconds[STOCK_STYLE]), statistics.median(seconds[OFF])
+        said = f"{flops / 1e9:.1f} GFLOP at {rate / 1e9:.1f} GFLOP/s of a large product: {floor_s / own_s:.0%} of {OFF}"
+        rows.append(Row(what=FLOOR, value=floor_s, unit="s", ratio=floor_s / peer_s, beside=STOCK_STYLE, note=said))
+        tables.append(Table(title=title, rows=tuple(rows)))
+    return tables
+
+
+def _training_arms(config: Config, sizes: Sizes, seed: int, compiled: bool) -> tuple[dict[str, Step], dict[str, str]]:
+    modules = {
+        STOCK_STYLE: HeatmapWanTrainingModule(config=config, print_banners=False),
+        OFF: HeatmapWanTrainingModule(config=config, print_banners=False),
+        ON: HeatmapWanTrainingModule(config=switched_on(config), print_banners=False),
     }
-    return settle(config_from_dict(settings, "bench"))
-
-
-def _multiview_arm(config: Config, sizes: Sizes, seed: int, compiled: bool = False) -> tuple[Step, int]:
-    module = HeatmapWanTrainingModule(config=config, print_banners=False)
+    in_stock_style(modules[STOCK_STYLE].model)
     if compiled:
-        module.compile_blocks()
-    optimizer = torch.optim.AdamW(optimizer_groups(module.model, module.groups))
-    shape = (sizes.batch, sizes.views, LATENT_CHANNELS, sizes.latent_frames, sizes.latent_height, sizes.latent_width)
-    generator = torch.Generator().manual_seed(seed)
-    batch = Batch(
-        sample_ids=tuple(f"bench@{index}" for index in range(sizes.batch)),
-        rgb=torch.randn(shape, generator=generator),
-        heat=torch.randn(shape, generator=generator),
-        text=torch.randn(sizes.batch, sizes.text_tokens, module.model.config["text_dim"], generator=generator),
-        heat_valid=torch.ones(sizes.batch, sizes.views, sizes.latent_frames, dtype=torch.bool),
-        gripper_open=torch.full((sizes.batch, num_frames_of(sizes.latent_frames)), torch.nan),
-        rotation_deg=torch.full((sizes.batch, num_frames_of(sizes.latent_frames), 3), torch.nan),
-    ).check()
-
-    def step(number: int) -> None:
-        with torch.autocast("cpu", torch.bfloat16, module.config.train.precision == "bf16"):
-            sums = module(batch, seed, number)
-        _update(optimizer, flow.total_loss(sums, sums.rgb_count.sum(), sums.heat_count.sum(), config.train.rgb_weight))
-
-    return step, module.table.trainable_parameters
+        modules[COMPILED] = HeatmapWanTrainingModule(config=config, print_banners=False)
+        modules[COMPILED].compile_blocks()
+    arms = {name: training_step(module, sizes, seed) for name, module in modules.items()}
+    trained = {name: f"{module.table.trainable_parameters:,} trained" for name, module in modules.items()}
+    stock, count = stock_training_step(config, sizes, seed)
+    return arms | {STOCK: stock}, trained | {STOCK: f"{count:,} trained; no view attention, no heatmaps"}
 
 
-def _stock_arm(config: Config, sizes: Sizes, seed: int) -> tuple[Step, int]:
-    base = config.base
-    model = load_transformer(base.source, getattr(torch, base.dtype), random_weights=base.random_weights)
-    groups = [group for group in resolve_groups(config.trainable) if group.name in _STOCK_GROUPS]
-    table = apply(model, groups, rank=config.trainable.lora.rank)
-    optimizer = torch.optim.AdamW(optimizer_groups(model, groups))
-    generator = torch.Generator().manual_seed(seed)
-    pictures = sizes.batch * sizes.views
-    shape = (pictures, 1, LATENT_CHANNELS, sizes.latent_frames, sizes.latent_height, sizes.latent_width)
-    clean, noise = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
-    text = torch.randn(sizes.batch, sizes.text_tokens, model.config["text_dim"], generator=generator)
-    text = text.repeat_interleave(sizes.views, dim=0)
-    per_frame = num_tokens(1, sizes.latent_height, sizes.latent_width)
-
-    def step(number: int) -> None:
-        ids = [f"bench@{index}" for index in range(pictures)]
-        sigma_bf = flow.sigma_per_frame(flow.draw_sigma(seed, number, ids, config.flow), sizes.latent_frames, 1)
-        timestep = flow.timestep(sigma_bf).repeat_interleave(per_frame, dim=1)
-        with torch.autocast("cpu", torch.bfloat16, config.train.precision == "bf16"):
-            velocity = model(flow.add_noise(clean, noise, sigma_bf)[:, 0], timestep, text, return_dict=False)[0]
-        _update(optimizer, (velocity.float() - flow.velocity_target(clean, noise)[:, 0])[:, :, 1:].square().mean())
-
-    return step, table.trainable_parameters
+def _denoising_arms(config: Config, sizes: Sizes, seed: int) -> tuple[dict[str, Step], dict[str, str]]:
+    merged = untrained(config)
+    merge_adapters(merged, getattr(torch, config.base.dtype))
+    models = {STOCK_STYLE: in_stock_style(untrained(config)), OFF: untrained(config), "MultiViewWan, LoRA merged": merged}
+    return {name: denoising_step(model, config, sizes, seed) for name, model in models.items()}, {}
 
 
-def _update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+def switched_on(config: Config) -> Config:
+    """The same settings with the switch on."""
+    return replace(config, unfreeze_modulation_and_norms=True)
 
 
-def main() -> None:
-    """`python -m mvwan.bench`: prints the table, or JSON with --json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="tiny")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--compile", action="store_true", help="add an arm with train.compile")
-    parser.add_argument("--json", action="store_true")
-    for name, value in asdict(Sizes()).items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    args = parser.parse_args()
-    try:
-        report = run_bench(args.base, Sizes(**{name: getattr(args, name) for name in asdict(Sizes())}), args.repeats, compiled=args.compile)
-    except MvwanError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        sys.exit(2)
-    if args.json:
-        print(json.dumps(report.to_json(), indent=2))
-    else:
-        Console().print(report.render())
+def _large_product(config: Config) -> tuple[Step, int]:
+    """(a product in the type that steps compute in, its FLOPs)."""
+    m, k, n = _PRODUCT
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    left, right = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    return lambda _: left @ right, 2 * m * k * n
 
 
-if __name__ == "__main__":
-    main()
+# ── what the project's own features cost ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def measure_costs(config: Config, sizes: Sizes, repeats: int, seed: int) -> Table:
+    """What the switch costs in time, memory and bytes, and what float32 masters and the movement proof cost in time."""
+    off, on = (HeatmapWanTrainingModule(config=one, print_banners=False) for one in (config, switched_on(config)))
+    arms = {OFF: training_step(off, sizes, seed), ON: training_step(on, sizes, seed)}
+    masters = "MultiViewWan, trained tensors in bfloat16 too"
+    if config.base.dtype == "bfloat16":
+        rounded = HeatmapWanTrainingModule(config=config, print_banners=False)
+        for parameter in rounded.model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16) if parameter.requires_grad else parameter.data
+        arms[masters] = training_step(rounded, sizes, seed)
+    seconds = take_turns(arms, repeats)
+    beside = (OFF, seconds[OFF])
+    rows = [row(OFF, seconds[OFF]), row(ON, seconds[ON], beside)]
+    if masters in seconds:
+        rows.append(row(masters, seconds[masters], beside))
+    points = {name: run_point(one, sizes) for name, one in ((OFF, config), (ON, switched_on(config)))}
+    peaks = {name: point["peak_mb"] for name, point in points.items()}
+    rows.append(Row(what="peak memory, switch off", value=peaks[OFF], unit="MB"))
+    rows.append(Row(what="peak memory, switch on", value=peaks[ON], unit="MB", ratio=peaks[ON] / peaks[OFF], beside="switch off"))
+    sizes_mb = [sum(tensor.nbytes for tensor in module.saved_tensors().values()) / 2**20 for module in (off, on)]
+    rows.append(Row(what="trained tensors in a checkpoint, switch off", value=sizes_mb[0], unit="MB"))
+    more = Row(
+        what="trained tensors in a checkpoint, switch on",
+        value=sizes_mb[1],
+        unit="MB",
+        ratio=sizes_mb[1] / sizes_mb[0],
+        beside="switch off",
+    )
+    proof = [_seconds_of_proof(off, arms[OFF]) for _ in range(max(1, repeats // 2))]
+    run_s = config.train.steps * statistics.median(seconds[OFF])
+    note = f"{statistics.median(proof) / run_s:.2%} of the preset's {config.train.steps:,} steps"
+    return Table(title="What the switch and the proof cost", rows=(*rows, more, row("movement proof, once per run", proof, note=note)))
+
+
+def _seconds_of_proof(module: HeatmapWanTrainingModule, step: Step) -> float:
+    proof, start = MovementProof(module.model, module.table), time.perf_counter()
+    proof.snapshot()
+    seconds = time.perf_counter() - start
+    for number in range(3):
+        step(number)
+    parameters = parameters_by_name(module.model)
+    for name in module.table.trainable_names:  # a step has cleared them
+        parameters[name].grad = torch.ones_like(parameters[name])
+    start = time.perf_counter()
+    proof.check(module.model, 3, gradient_norms(module.model, module.table))
+    seconds += time.perf_counter() - start
+    module.zero_grad()
+    return seconds
