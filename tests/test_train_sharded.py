@@ -37,8 +37,8 @@ ROUNDED: dict[str, Any] = {
 """A bfloat16 base under autocast, with blocks computed twice, and several micro-batches in each of two processes."""
 PAIR: dict[str, Any] = {"train": {"gradient_accumulation": 1}}
 LOSSES = ("loss", "rgb_loss", "heat_loss", "gripper_loss")
-FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--main_process_port", "0"]
-DDP = ["--multi_gpu", "--main_process_port", "0"]
+CONFIGS = Path(__file__).parent.parent / "configs" / "accelerate"
+FSDP2, DDP = (["--config_file", str(CONFIGS / name), "--main_process_port", "0"] for name in ("fsdp2.yaml", "ddp.yaml"))
 
 # One run after the other in the same processes. "+" in front of a place: go on with the run there. "=": spread its model, and back.
 SCRIPT = """

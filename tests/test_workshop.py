@@ -26,7 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 GUIDES = [ROOT / "docs" / "unfreeze.md", ROOT / "docs" / "unfreeze.zh-CN.md"]
 PAGES = [ROOT / "README.md", *GUIDES]
 OTHER_PAGES = [ROOT / "CONTRIBUTING.md", *sorted(set((ROOT / "docs").glob("*.md")) - set(GUIDES))]
-SHELL_FILES = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
+SHELL_FILES = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / "configs" / "slurm" / "train.sbatch", ROOT / ".ci" / "run"]
 
 OUTPUT = re.compile(r"```bash\n([^\n]+)\n```\n<!-- prints -->\n(?:```text\n(.*?)\n```|((?:\|[^\n]*\n)+))", re.DOTALL)
 LARGE_NUMBER = re.compile(r"\b\d{1,3}(?:,\d{3})+\b")
