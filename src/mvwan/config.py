@@ -47,7 +47,8 @@ class BaseConfig:
     random_weights: bool = False
     """Draw the weights instead of loading them: for checks at true size without a download."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the frozen tensors outside the float32 islands; auto: bfloat16 where the machine is fast with it. Trained ones: float32."""
+    """Type that frozen tensors outside the float32 islands are held in; auto: bfloat16 where the machine is fast with it. Trained ones
+    are float32."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -257,7 +258,8 @@ class TrainConfig:
     action_weight: float = 0.1
     """w in w * (gripper + rotation), which `model.action_head` adds to the loss."""
     precision: Annotated[Literal["auto", "bf16", "no"], BeforeValidator(lambda value: "no" if value is False else value)] = "auto"
-    """Autocast of the products; auto: bf16 where the machine is fast with it, else no. Trained tensors stay float32."""
+    """Autocast of the products; auto: bf16 where the machine is fast with it, else no. A slow machine then widens each frozen bfloat16
+    weight for its product alone, so that a base held in bfloat16 takes half the memory of one in float32 and hardly more time."""
     compile: bool = False
     """Each block through `torch.compile`: faster steps after a minute of compiling, equal but for rounding."""
     condition_frames: int = 1

@@ -5,7 +5,6 @@ network, codec and noise convention as training; a run's folder alone is enough.
 network call, which sees the least noise. Knows no data set, no metric and no robot.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -45,7 +44,7 @@ class LoadedRun:
 def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = False) -> LoadedRun:
     """The newest checkpoint of the run in folder `path` (or the checkpoint folder itself), ready to predict.
 
-    Where `device` is slow with bfloat16 the same weights are held in float32, and `config` says so.
+    Where `device` is slow with bfloat16 products are in float32, and `config` says so.
 
     Raises `MvwanError` when there is none, when it is damaged, or when its base is not the one it was trained on.
     """
@@ -56,9 +55,8 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = F
             "it with mvwan.load_model(base, checkpoint=...) and give the model, codec and config to mvwan.predict."
         )
     model, config = surgery.load_as_trained(folder, device=device, ema=ema)
-    if not has_fast_bfloat16(device):  # the same weights, exactly, in a type that this device is fast with
-        torch.nn.Module.float(model)
-        config = replace(config, base=replace(config.base, dtype="float32"), train=replace(config.train, precision="no"))
+    if not has_fast_bfloat16(device):
+        config = replace(config, train=replace(config.train, precision="no"))
     codec = LatentCodec.load(config.base.codec or config.base.source, config.data.text_tokens)
     return LoadedRun(model=model, codec=codec, config=config, checkpoint=folder, step=read_manifest(folder)["step"])
 
@@ -98,12 +96,6 @@ def predict(
         model, config = run, config or Config()
         if codec is None:
             raise MvwanError("predict: a bare model needs codec=LatentCodec.load(base, text_tokens); or give a run's folder")
-        if model.compute_dtype == torch.bfloat16 and not has_fast_bfloat16(next(model.parameters()).device):
-            warnings.warn(
-                "the model holds bfloat16, for whose products this machine has no instructions; load it with dtype=torch.float32: "
-                "the same weights, some hundred times faster",
-                stacklevel=2,
-            )
     condition_frames = config.train.condition_frames
     num_frames = config.data.num_frames if num_frames is None else num_frames
     latent_frames = num_latent_frames(num_frames)

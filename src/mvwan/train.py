@@ -48,6 +48,7 @@ from mvwan.errors import MvwanError, PreemptedError
 from mvwan.files import flatten, json_line, plain_words, read_json, read_json_lines, remove_leftovers, write_file, write_json
 from mvwan.latent_cache import LatentCache
 from mvwan.model.movement import MINIMUM_STEPS, Gradient, MovementProof, MovementReport, gradient_norms
+from mvwan.model.surgery import share_copies
 from mvwan.model.trainable import verify_trainable
 from mvwan.optimizer import MovingAverage, load_optimizer, make_optimizer, make_schedule, optimizer_tensors
 from mvwan.precision import in_words, settle
@@ -396,6 +397,7 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
     manifest["trainable_changes"] += trainable_changes(own, start["checkpoint"], step)
     optimizer = make_optimizer(own, config.train)
     module, prepared, gradient_of = prepare(accelerator, own, optimizer)
+    share_copies(own.model)
     verify_trainable(own.model, own.table, prepared)
     averaged = None
     if found is not None:
@@ -426,7 +428,8 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
     rates_are_alive = all(group["lr"] > 1e-3 * group["initial_lr"] for group in optimizer.param_groups)
     if state.proof_step - step >= MINIMUM_STEPS and (found is None or rates_are_alive):
         state.proof = MovementProof(own.model, own.table)
-        state.proof.snapshot()
+        output.mkdir(parents=True, exist_ok=True)
+        state.proof.snapshot(output)
     if accelerator.is_main_process:
         _introduce(state, caches[0].dataset, skipped)
     # TensorBoard then hides what a killed run logged after its last checkpoint.

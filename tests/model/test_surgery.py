@@ -7,9 +7,13 @@ import torch
 from safetensors.torch import load_file
 
 import mvwan
+from mvwan.config import GroupConfig
 from mvwan.errors import MvwanError
-from mvwan.model.surgery import adapt
+from mvwan.model.surgery import adapt, share_copies
+from mvwan.model.trainable import merge_adapters, parameters_by_name
 from mvwan.model.wan import load_transformer
+from mvwan.optimizer import MovingAverage
+from tests.saved import make_module, save, shake
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -110,3 +114,71 @@ def test_the_5b_is_built_on_the_meta_device_without_weights() -> None:
     assert 6.515e9 < table.total_parameters < 6.525e9
     model, _ = mvwan.load_model("wan2.2-ti2v-5b", device="meta")
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def shared_places(model: torch.nn.Module) -> set[str]:
+    """Names of the parameters of view attention that have the storage of self-attention's."""
+    parameters = parameters_by_name(model)
+    places = {parameter.data_ptr() for name, parameter in parameters.items() if ".attn1." in name}
+    return {name for name, parameter in parameters.items() if ".mvs_attn." in name and parameter.data_ptr() in places}
+
+
+def test_frozen_copies_share_storage_and_nothing_else_of_the_model_changes() -> None:
+    module = make_module()
+    shake(module)
+    before = {name: parameter.clone() for name, parameter in parameters_by_name(module.model).items()}
+    frozen = {name for name in module.table.frozen_names if ".mvs_attn." in name}
+    saved = share_copies(module.model)
+    after = parameters_by_name(module.model)
+    assert shared_places(module.model) == frozen
+    assert saved == sum(after[name].nbytes for name in frozen) > 0
+    assert list(after) == list(before), "counted as before"
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert share_copies(module.model) == 0
+    torch.nn.Module.double(module.model)
+    assert not shared_places(module.model), "what casts or moves a model gives each its own"
+
+
+@pytest.mark.parametrize("trained", ["attn1", "mvs_attn"])
+def test_what_trains_keeps_its_own_storage(trained: str) -> None:
+    module = make_module(groups={"mine": GroupConfig(pattern=rf"blocks\.0\.{trained}\..+", mode="full")})
+    share_copies(module.model)
+    shared = shared_places(module.model)
+    assert shared
+    assert all(name.startswith("blocks.1.") for name in shared)
+
+
+def test_copies_that_differ_are_left_alone() -> None:
+    module = make_module()
+    parameters = parameters_by_name(module.model)
+    parameters["blocks.1.mvs_attn.to_q.base_layer.bias"].data[3] += 1
+    share_copies(module.model)
+    assert "blocks.1.mvs_attn.to_q.base_layer.bias" not in shared_places(module.model)
+    assert "blocks.1.mvs_attn.to_k.base_layer.bias" in shared_places(module.model)
+
+
+def test_merging_an_adapter_into_a_shared_weight_leaves_the_other_one_alone() -> None:
+    apart, shared = make_module(), make_module()
+    for module in (apart, shared):
+        shake(module)
+    share_copies(shared.model)
+    for module in (apart, shared):
+        merge_adapters(module.model, torch.float32)
+    expected = parameters_by_name(apart.model)
+    for name, parameter in parameters_by_name(shared.model).items():
+        assert torch.equal(parameter, expected[name]), name
+
+
+def test_a_checkpoint_and_its_moving_average_are_the_same_with_shared_copies(tmp_path: Path) -> None:
+    module = make_module()
+    shake(module)
+    before = {name: tensor.clone() for name, tensor in module.saved_tensors().items()}
+    share_copies(module.model)
+    average = MovingAverage(module, 0.5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.saved_tensors().items())
+    shake(module)
+    average.update()
+    again = make_module(load=save(module, tmp_path, ema=average.tensors))
+    loaded, kept = parameters_by_name(again.model), parameters_by_name(module.model)
+    assert all(torch.equal(loaded[name], kept[name]) for name in kept)
+    assert not shared_places(again.model)

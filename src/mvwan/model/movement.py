@@ -1,14 +1,16 @@
 """The proof that training moves what the table trains, and nothing else: a snapshot before, a check a few steps later.
 
-Trained tensors are copied to the CPU until the check; frozen ones are remembered by an exact checksum of their bits. Of tensors that
+Trained tensors lie in a temporary file until the check; frozen ones are remembered by an exact checksum of their bits. Of tensors that
 are spread over processes each process remembers its part, and what it finds is added up. Knows no optimizer and no loop: the caller
 says how many steps lie between snapshot and check.
 """
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 from rich.table import Table
@@ -93,13 +95,15 @@ class MovementProof:
     def __init__(self, model: nn.Module, table: TrainableTable) -> None:
         self.model = model
         self.table = table
-        self._trained: dict[str, torch.Tensor] | None = None
+        self._trained: _TensorsOnDisk | None = None
         self._frozen: dict[str, tuple[int, int]] = {}
 
-    def snapshot(self) -> None:
-        """Remember every trained tensor (a copy on the CPU) and every frozen one (its checksum)."""
+    def snapshot(self, folder: Path | None = None) -> None:
+        """Remember every trained tensor (in a file without a name on the disk of `folder`) and every frozen one (its checksum)."""
         parameters = parameters_by_name(self.model)
-        self._trained = {name: local_part(parameters[name]).to("cpu", copy=True) for name in self.table.trainable_names}
+        self._trained = _TensorsOnDisk(folder)
+        for name in self.table.trainable_names:
+            self._trained.add(name, local_part(parameters[name]))
         self._frozen = {name: checksum(local_part(parameters[name])) for name in self.table.frozen_names}
 
     def check(self, model: nn.Module, step: int, gradient_norms: Mapping[str, float]) -> MovementReport:
@@ -126,6 +130,7 @@ class MovementProof:
         if problems:
             raise MvwanError("; ".join(problems))
         report = MovementReport(steps=step, rows=rows, frozen_tensors=len(self._frozen))
+        self._trained.close()
         self._trained, self._frozen = None, {}
         return report
 
@@ -148,9 +153,36 @@ class MovementProof:
     def _squares(self, name: str, part: torch.Tensor) -> tuple[float, float, float]:
         """(square of the norm before, square of the change, 1 if any bit changed) of this process's part of a trained tensor."""
         assert self._trained is not None
-        before, now = self._trained[name], part.to("cpu")
+        before, now = self._trained.read(name, like=part), part.to("cpu")
         start, change = (float(torch.linalg.vector_norm(values, dtype=torch.float64)) for values in (before, now - before))
         return start**2, change**2, float(not torch.equal(before, now))
+
+
+class _TensorsOnDisk:
+    """Tensors in a temporary file that has no name, so that nothing of it is left however the process ends."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open until the check
+        self._starts: dict[str, int] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        self._starts[name] = self._file.tell()
+        self._file.write(_bytes_of(tensor.to("cpu").contiguous()))
+
+    def read(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """The tensor of that name, which had the shape and type of `like`, on the CPU."""
+        tensor = torch.empty_like(like, device="cpu", memory_format=torch.contiguous_format)
+        self._file.seek(self._starts[name])
+        self._file.readinto(_bytes_of(tensor))  # pyright: ignore[reportAttributeAccessIssue]
+        return tensor
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _stood_still(row: GroupMovement, step: int) -> str:

@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mvwan.actions import ACTION_HEADS
 from mvwan.errors import MvwanError
 from mvwan.model.wan import FP32LayerNorm, WanAttention, WanAttnProcessor, WanTransformer3DModel, WanTransformerBlock, register_to_config
+from mvwan.precision import WideningLinear, has_fast_bfloat16, product
 from mvwan.shapes import FRAMES_PER_LATENT, LATENT_CHANNELS
 
 Fusion = Literal["channel", "view"]
@@ -47,10 +48,11 @@ def fastest_attention(device: torch.device) -> contextlib.AbstractContextManager
 
 
 class QueryKeyNorm(nn.RMSNorm):
-    """RMSNorm in the type of its weight, handed on in the type of its input: float32 when the norm trains, as stock otherwise."""
+    """RMSNorm in the wider type of weight and input, handed on in that of its input: float32 when the norm trains, as stock otherwise."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.to(self.weight.dtype)).type_as(x)
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        return nn.functional.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps).type_as(x)
 
 
 class MultiViewWanBlock(WanTransformerBlock):
@@ -223,10 +225,13 @@ class MultiViewWan(WanTransformer3DModel):
         self.head_rgb = StreamHead(dim, out_channels * math.prod(patch_size), eps)
         self.head_heatmap = StreamHead(dim, out_channels * math.prod(patch_size), eps)
         self.head_action = None if action_head == "none" else ActionHead(dim, ACTION_HEADS[action_head], eps)
+        for part in self.modules():
+            if type(part) is nn.Linear:
+                part.__class__ = WideningLinear
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Type of the frozen products: bfloat16 when the base was loaded so, whatever type the trained tensors have."""
+        """Type that the frozen weights are held in, whatever type the trained tensors have. Products are in it where it is fast."""
         block: Any = self.blocks[0]
         return block.attn1.to_k.weight.dtype
 
@@ -253,7 +258,8 @@ class MultiViewWan(WanTransformer3DModel):
             given = torch.arange(latents.shape[3], device=latents.device) < condition_frames
             timestep = torch.where(given, timestep.new_zeros(()), timestep[:, None])
         device = latents.device.type
-        mixed = self.compute_dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(device)
+        is_fast = self.compute_dtype == torch.float16 or (self.compute_dtype == torch.bfloat16 and has_fast_bfloat16(latents.device))
+        mixed = is_fast and not torch.is_autocast_enabled(device)
         with torch.autocast(device, dtype=self.compute_dtype) if mixed else contextlib.nullcontext():
             velocity, action = self._answer(latents, timestep, text.expand(len(latents), -1, -1), return_action, rays)
         return (velocity, action) if return_action else velocity
@@ -319,7 +325,7 @@ class MultiViewWan(WanTransformer3DModel):
             # bfloat16 gradients of convolutions, which hang on processors with AMX (seen with torch 2.13 on a Wan VAE).
             patches = rearrange(pictures, "B V C f (h p) (w q) -> B V f (h w) (C p q)", p=p, q=q)
             weight, bias = embedding.weight.flatten(1), embedding.bias
-            return nn.functional.linear(patches if autocast else patches.to(weight.dtype), weight, bias)
+            return product(patches if autocast else patches.to(torch.promote_types(weight.dtype, torch.float32)), weight, bias)
 
         if self._fusion == "channel":
             return tokens(latents, self.patch_embedding)
@@ -329,10 +335,11 @@ class MultiViewWan(WanTransformer3DModel):
     def _embed_time(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([B f D], [B f 6 D]) of timestep [B f]: once per latent frame; outside autocast, since bfloat16 tells timesteps poorly apart."""
         embedder = self.condition_embedder
+        autocast = torch.is_autocast_enabled(timestep.device.type)
         with torch.autocast(timestep.device.type, enabled=False):
             waves = embedder.timesteps_proj(timestep.flatten().float())
             time = embedder.time_embedder(waves.to(embedder.time_embedder.linear_1.weight.dtype))
-            time = time.to(embedder.time_proj.weight.dtype)
+            time = time.to(embedder.time_proj.weight.dtype) if autocast else time
             time_six = embedder.time_proj(embedder.act_fn(time))
         frames = timestep.shape[1]
         return rearrange(time, "(B f) D -> B f D", f=frames), rearrange(time_six, "(B f) (k D) -> B f k D", f=frames, k=6)

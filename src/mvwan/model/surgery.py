@@ -15,9 +15,10 @@ from mvwan.checkpoint import Trained, find_checkpoint, load_trained, read_manife
 from mvwan.compatibility import Compatibility, Purpose, check_identity, load_into
 from mvwan.config import Config, LoraConfig, TrainableConfig, TrainConfig, config_from_dict, trainable_from_dict
 from mvwan.model.multiview_wan import Actions, Fusion, MultiViewWan, ViewCode, initial_values
-from mvwan.model.trainable import ResolvedGroup, apply, resolve_groups
+from mvwan.model.trainable import ResolvedGroup, apply, parameters_by_name, resolve_groups, stock_name
 from mvwan.model.trainable_table import TrainableTable
 from mvwan.model.wan import WanTransformer3DModel, base_digest, in_float32_island, load_transformer, stock_arguments
+from mvwan.sharding import is_spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,23 @@ def adapt(
         adapted_parameters=sum(tensor.numel() for tensor in state.values()),
     )
     return model.eval().requires_grad_(False), report
+
+
+def share_copies(model: MultiViewWan) -> int:
+    """Bytes that no longer are in memory twice: frozen weights of view attention that equal those of self-attention share their storage.
+
+    For a model that computes and trains from here on. Whoever writes to a frozen weight in place afterwards changes both; what replaces
+    its `.data` (moving, casting, `merge_adapters`, loading a checkpoint) does not.
+    """
+    frozen = {stock_name(name): held for name, held in parameters_by_name(model).items() if not held.requires_grad and not is_spread(held)}
+    saved = 0
+    for name, copy in frozen.items():
+        original = frozen.get(name.replace(".mvs_attn.", ".attn1."), copy)
+        is_there_once = copy.is_meta or copy.data_ptr() == original.data_ptr()
+        if not is_there_once and copy.dtype == original.dtype and torch.equal(copy, original):
+            copy.data = original.data
+            saved += copy.nbytes
+    return saved
 
 
 _OURS = ("views", "fusion", "action_head", "view_code")

@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -281,11 +282,10 @@ def load_transformer(
     """
     description = describe(source)
     if str(device) == "meta" or random_weights:
-        with torch.device(device), torch.random.fork_rng(devices=[]):
+        with torch.device(device), torch.random.fork_rng(devices=[]), _blocks_narrowed_as_built(dtype or torch.float32):
             torch.manual_seed(seed)
             model = WanTransformer3DModel(**description.transformer_config)
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(torch.float32 if in_float32_island(name) else dtype or torch.float32)
+        _narrow(model, dtype or torch.float32)
     else:
         with torch.device("meta"):
             model = WanTransformer3DModel(**description.transformer_config)
@@ -296,6 +296,26 @@ def load_transformer(
         model.rope = WanRotaryPosEmbed(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
         nn.Module.to(model, device)
     return model.eval().requires_grad_(False)
+
+
+def _narrow(module: nn.Module, dtype: torch.dtype, prefix: str = "") -> None:
+    for name, parameter in module.named_parameters(prefix):
+        parameter.data = parameter.data.to(torch.float32 if in_float32_island(name) else dtype)
+
+
+@contextmanager
+def _blocks_narrowed_as_built(dtype: torch.dtype) -> Iterator[None]:
+    """Within it, each part of a block takes its type as soon as its weights are drawn: a float32 model would be twice the memory."""
+
+    def narrow(parent: nn.Module, name: str, part: nn.Module | None) -> None:
+        if isinstance(parent, WanTransformerBlock) and part is not None:
+            _narrow(part, dtype, name)
+
+    hook = nn.modules.module.register_module_module_registration_hook(narrow)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _read_state(
@@ -367,7 +387,9 @@ def _file_digest(path: Path, _size: int, _mtime_ns: int) -> bytes:
 
 
 def _part(source: str | Path, part: str) -> Path:
-    """The folder of the VAE, text encoder or tokenizer that belongs to a base."""
+    """The folder of the VAE, text encoder or tokenizer that belongs to a base, or that lies in a folder without a transformer."""
+    if str(source) not in _KNOWN and os.path.isdir(Path(source) / part):
+        return Path(source) / part
     description = describe(source)
     if description.kind == "hub":
         return _download_folder(description.id, part)
