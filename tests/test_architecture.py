@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "mvwan"
 # A half is a step on the landing of its floor: what files of the same floor stand on, or what stands on them.
 FLOORS: dict[float, tuple[str, ...]] = {
     -1: ("errors",),
-    0: ("cameras", "files", "sharding", "shapes", "tensors"),
+    0: ("cameras", "devices", "files", "sharding", "shapes", "tensors"),
     0.5: ("pickles",),
     1: (
         "batch",
@@ -56,11 +56,13 @@ FLOORS: dict[float, tuple[str, ...]] = {
     5: ("checkpoint_compare", "checkpoint_export", "sample", "sim.metaworld", "train_data", "training_module"),
     5.5: ("deepspeed_engine", "sim.execution"),
     6: ("data_report", "evaluate", "optimizer", "policies", "run_manifest", "strategy"),
-    6.5: ("closed_loop", "run_record"),
-    6.75: ("report_rollouts",),
+    6.25: ("bench_networks",),
+    6.5: ("bench_pipeline", "bench_points", "closed_loop", "run_record"),
+    6.75: ("report_rollouts", "step_trace"),
     7: ("report", "suites", "train"),
-    8: ("bench", "cli_checkpoint", "demo", "reproduce"),
-    8.5: ("cli_data", "cli_reproduce"),
+    8: ("bench", "cli_checkpoint", "demo", "plan", "reproduce"),
+    8.25: ("bench_report",),
+    8.5: ("cli_bench", "cli_data", "cli_plan", "cli_reproduce"),
     9: ("cli",),
     10: ("__init__", "__main__"),
 }
@@ -72,6 +74,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("deepspeed_engine",),
     "diffusers": ("model.wan",),
     "gymnasium": ("sim.metaworld",),
+    "matplotlib": ("bench_report",),
     "metaworld": ("sim.metaworld",),
     "mujoco": ("sim.metaworld",),
     "peft": ("model.trainable",),

@@ -59,6 +59,7 @@ INTERFACE = {
         *("table", "--output", "--steps", "--trials", "--demonstrations", "--task", "--switch", "--set", "--execute", "--denoise-steps"),
         *("--control-steps", "--videos", "--seed", "--processes", "--baseline", "--baseline-steps", "--tuning", "--fresh", "--dry-run"),
     ],
+    "plan": [*SETTINGS, "--device", "--efficiency", "--measure", "--json"],
     "data convert": ["source", "output", "--set"],
     "data inspect": ["folder", "--sheet", "--preset", "--set", "--check", "--json"],
     "data view": ["folder", "--rerun", "--episode", "--set"],

@@ -17,8 +17,10 @@ import typer
 from typer.core import TyperGroup
 
 from mvwan import __version__
+from mvwan.cli_bench import bench
 from mvwan.cli_checkpoint import checkpoints, console
 from mvwan.cli_data import datasets
+from mvwan.cli_plan import plan
 from mvwan.cli_reproduce import reproduce
 from mvwan.config import Config, LoraConfig, TrainableConfig, config_from_dict, dump_yaml, merge, parse_overrides, read_yaml
 from mvwan.errors import MvwanError, PreemptedError
@@ -489,6 +491,8 @@ def demo(
 
 
 app.command(epilog="Example: mvwan reproduce metaworld7 --dry-run")(reproduce)
+app.command(epilog="Example: mvwan plan --preset wan2.2-ti2v-5b --device '8 x h100-80gb'")(plan)
+app.command(epilog="Example: mvwan bench --size middle --part steps --repeats 5")(bench)
 
 
 def main() -> None:

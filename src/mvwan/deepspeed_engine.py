@@ -29,7 +29,7 @@ _ALLOWED = {
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("none",),
     "ACCELERATE_MIXED_PRECISION": ("no", "bf16"),
 }
-_BUCKET = 50_000_000
+BUCKET_ELEMENTS = 50_000_000
 """Gradient elements that are summed over the processes at a time: a buffer of that size stays."""
 
 
@@ -54,7 +54,7 @@ def zero_settings(train: TrainConfig) -> dict[str, Any]:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or 2)
     return {
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": _BUCKET},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET_ELEMENTS},
         "train_micro_batch_size_per_gpu": train.batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation,
         "gradient_clipping": train.max_gradient_norm,
