@@ -59,6 +59,10 @@ INTERFACE = {
         *("table", "--output", "--steps", "--trials", "--demonstrations", "--task", "--switch", "--set", "--execute", "--denoise-steps"),
         *("--control-steps", "--videos", "--seed", "--processes", "--baseline", "--baseline-steps", "--tuning", "--fresh", "--dry-run"),
     ],
+    "bench": [
+        *("--size", "--part", "--repeats", "--compile", "--batch", "--views", "--latent-frames", "--latent-side", "--output", "--json"),
+        "--seed",
+    ],
     "plan": [*SETTINGS, "--device", "--efficiency", "--measure", "--json"],
     "data convert": ["source", "output", "--set"],
     "data inspect": ["folder", "--sheet", "--preset", "--set", "--check", "--json"],

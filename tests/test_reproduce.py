@@ -105,3 +105,11 @@ def test_an_unfinished_table_says_so(made: tuple[Path, str], tmp_path: Path) -> 
     write_json(tmp_path / "results.json", {**result, "unfinished_stages": ["Train on more"], "final": True})
     text = markdown(read_json(tmp_path / "results.json"))
     assert "**Unfinished**: 1 stages" in text and "nothing is chosen on them" in text
+
+
+def test_a_training_that_was_cut_off_costs_all_its_steps(made: tuple[Path, str]) -> None:
+    result = read_json(made[0] / "results.json")
+    name = next(name for name in result["stages"] if name.startswith("Train on"))
+    assert 0 < result["stages"][name]["steps_seconds"] <= result["stages"][name]["seconds"]
+    again = {**result["stages"][name], "attempts": 3, "steps_seconds": 4000.0}
+    assert f"| {name} (3 attempts: their steps alone) | 1 h 06 min |" in markdown({**result, "stages": {name: again}})

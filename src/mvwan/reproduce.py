@@ -25,7 +25,7 @@ from mvwan.closed_loop import evaluate_closed_loop, render
 from mvwan.config import Config, dump_yaml
 from mvwan.data.dataset import WindowDataset, episodes_of
 from mvwan.errors import MvwanError
-from mvwan.files import read_json, write_file, write_json
+from mvwan.files import read_json, read_json_lines, write_file, write_json
 from mvwan.latent_cache import build_cache
 from mvwan.metrics import success_rate
 from mvwan.model.latents import LatentCodec, codec_digest
@@ -225,9 +225,22 @@ def collect(wanted: Reproduction, costs: Mapping[str, Mapping[str, Any]], names:
         "config": config.to_dict(),
         "tables": [{"demonstrations": count, "rates": _rates(wanted, count, costs)} for count in wanted.counts],
         "published": {"source": wanted.kind.source, "trials": wanted.kind.published_trials} if wanted.kind.published else None,
-        "stages": {name: dict(costs[name]) for name in names if name in costs},
+        "stages": {name: {**costs[name], **_steps_of(wanted, name)} for name in names if name in costs},
         "unfinished_stages": [name for name in names if name not in costs],
     }
+
+
+def _steps_of(wanted: Reproduction, stage: str) -> dict[str, float]:
+    """`steps_seconds` of a training, which its log adds up over all attempts; nothing of other stages."""
+    runs = {
+        f"Train on {count} demonstrations per task, switch {label}": wanted.output / str(count) / label
+        for count in wanted.counts
+        for label in wanted.switches
+    }
+    if stage not in runs:
+        return {}
+    lines = read_json_lines(runs[stage] / "metrics.jsonl")
+    return {"steps_seconds": round(sum(line["seconds"] for line in lines if line["kind"] == "train"), 1)}
 
 
 def _rates(wanted: Reproduction, count: int, costs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

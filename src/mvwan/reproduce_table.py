@@ -89,11 +89,16 @@ def _settings(result: Mapping[str, Any]) -> str:
 
 
 def _cost(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = []
+    rows, total_s = [], 0.0
     for name, cost in stages.items():
-        again = f" (attempt {cost['attempts']}; earlier ones not counted)" if cost["attempts"] > 1 else ""
-        rows.append([name + again, _clock(cost["seconds"])])
-    rows.append(["**all**", _clock(sum(cost["seconds"] for cost in stages.values()))])
+        seconds, again = cost["seconds"], ""
+        if cost["attempts"] > 1 and "steps_seconds" in cost:
+            seconds, again = cost["steps_seconds"], f" ({cost['attempts']} attempts: their steps alone)"
+        elif cost["attempts"] > 1:
+            again = f" (attempt {cost['attempts']}; earlier ones not counted)"
+        rows.append([name + again, _clock(seconds)])
+        total_s += seconds
+    rows.append(["**all**", _clock(total_s)])
     peak = max((cost["peak_memory_mb"] for cost in stages.values()), default=0)
     return f"{_table(['stage', 'wall time'], rows)}\n\nThe largest process held {peak:,} MB."
 
