@@ -116,6 +116,12 @@ def test_an_axis_moves_one_size(small: Config, axis, place: int, changed: dict[s
     assert at(small, SMALL, "LoRA rank", 5)[0].trainable.lora.rank == 5
 
 
+def test_memory_is_that_of_the_point_alone(small: Config) -> None:
+    held = torch.ones(2**28)  # a gigabyte of this process
+    point = run_point(small, SMALL)
+    assert 100 < point["built_mb"] <= point["peak_mb"] < held.nbytes / 2**20
+
+
 def test_a_point_that_fails_says_so(small: Config) -> None:
     wrong = dataclasses.replace(small, base=dataclasses.replace(small.base, source="no/such.safetensors"))
     with pytest.raises(MvwanError, match=r"ended with code .*no/such\.safetensors"):
