@@ -23,6 +23,7 @@ from mvwan.checkpoint import load_trained, save_checkpoint
 from mvwan.config import Config
 from mvwan.data.dataset import WindowDataset, episodes_of
 from mvwan.data.lerobot import write_dataset
+from mvwan.errors import MvwanError
 from mvwan.files import write_json
 from mvwan.latent_cache import build_cache
 from mvwan.model.latents import LatentCodec
@@ -201,7 +202,9 @@ def _start(config: Config, folder: Path) -> Rows:
                 time.sleep(0.02)
             seconds.append(time.perf_counter() - start)
             said = process.communicate()[1]
-        assert process.returncode == 0, said
+        if process.returncode:
+            last = (said.strip().splitlines() or ["no message"])[-1]
+            raise MvwanError(f"bench: `mvwan train` ended with code {process.returncode}: {last}. Leave the part pipeline out by --part.")
     return [_row("from `mvwan train` to its first step", seconds[1:], "s", note="imports, base, latents there already")]
 
 

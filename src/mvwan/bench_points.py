@@ -53,7 +53,12 @@ class Growth:
     @property
     def power(self) -> int:
         """Of x in the fits."""
-        return 2 if self.axis == "picture side, px" else 1
+        return power_of(self.axis)
+
+
+def power_of(axis: Axis) -> int:
+    """Of x in the fits along an axis: pictures count by their area."""
+    return 2 if axis == "picture side, px" else 1
 
 
 def measure_growth(config: Config, sizes: Sizes, axis: Axis, say: Callable[[str], None]) -> Growth:
@@ -64,8 +69,7 @@ def measure_growth(config: Config, sizes: Sizes, axis: Axis, say: Callable[[str]
         found.append(run_point(*at(config, sizes, axis, place)))
     seconds, peaks = [min(point["seconds"]) for point in found], [point["peak_mb"] for point in found]
     places = GROWTH[axis]
-    power = 2 if axis == "picture side, px" else 1
-    x = [float(place**power) for place in places]
+    x = [float(place ** power_of(axis)) for place in places]
     return Growth(
         axis=axis,
         at=places,

@@ -80,16 +80,26 @@ def _stages_of(wanted: Reproduction, count: int) -> list[Stage]:
         fit = {"config": config.to_dict(), "base": base_digest(config.base.source), "start": start}
         name, run = f"{of}, switch {label}", folder / label
         work = partial(train, config, run, resume=True)
-        stages.append(Stage(name=f"Train on {name}", settings=fit, product=run, work=work, after=encode.name, is_costly=True))
+        stages.append(Stage(name=_training_of(count, label), settings=fit, product=run, work=work, after=encode.name, is_costly=True))
         policies = policies_beside(wanted, count, label)
         work = partial(_try, wanted, run, policies)
         tried = {**_trials(wanted), "settings": asdict(wanted.trial_settings), "policies": policies}
         stages.append(
-            Stage(name=f"Let the arm move, {name}", settings=tried, product=run / "closed_loop.json", work=work, after=f"Train on {name}")
+            Stage(
+                name=f"Let the arm move, {name}",
+                settings=tried,
+                product=run / "closed_loop.json",
+                work=work,
+                after=_training_of(count, label),
+            )
         )
     if wanted.kind.has_baseline:
         stages += _baseline_stages(wanted, count, folder, of)
     return stages
+
+
+def _training_of(count: int, label: Label) -> str:
+    return f"Train on {count} demonstrations per task, switch {label}"
 
 
 def _trials(wanted: Reproduction) -> dict[str, Any]:
@@ -232,11 +242,7 @@ def collect(wanted: Reproduction, costs: Mapping[str, Mapping[str, Any]], names:
 
 def _steps_of(wanted: Reproduction, stage: str) -> dict[str, float]:
     """`steps_seconds` of a training, which its log adds up over all attempts; nothing of other stages."""
-    runs = {
-        f"Train on {count} demonstrations per task, switch {label}": wanted.output / str(count) / label
-        for count in wanted.counts
-        for label in wanted.switches
-    }
+    runs = {_training_of(count, label): wanted.output / str(count) / label for count in wanted.counts for label in wanted.switches}
     if stage not in runs:
         return {}
     lines = read_json_lines(runs[stage] / "metrics.jsonl")
