@@ -22,7 +22,8 @@ import numpy as np
 import typer
 from conv_net import SIZE_PX, ConvNet, Windows, fit, one_window, place_of, predict, read_windows
 
-from mvwan.cli import Door, Layouts, Seed
+from mvwan.cli import Door
+from mvwan.cli_settings import Layouts, Seed
 from mvwan.closed_loop import FIRST_TUNING_LAYOUT, TrialSettings, attempt, successes
 from mvwan.config import config_from_dict, parse_overrides
 from mvwan.data.dataset import WindowDataset, episodes_of

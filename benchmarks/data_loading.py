@@ -17,7 +17,8 @@ import numpy as np
 import torch
 import typer
 
-from mvwan.cli import Door, Preset, Settings
+from mvwan.cli import Door
+from mvwan.cli_settings import Preset, Settings
 from mvwan.config import parse_overrides
 from mvwan.data.dataset import WindowDataset, episodes_of, heat_video
 from mvwan.errors import MvwanError

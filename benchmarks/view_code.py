@@ -23,7 +23,8 @@ import typer
 from mvwan.baselines import Answer, hold_first
 from mvwan.batch import Sample
 from mvwan.cameras import Camera
-from mvwan.cli import Door, Seed
+from mvwan.cli import Door
+from mvwan.cli_settings import Seed
 from mvwan.data.dataset import WindowDataset, episodes_of
 from mvwan.errors import MvwanError
 from mvwan.evaluate import measure_answer, spread

@@ -51,6 +51,7 @@ FLOORS: dict[float, tuple[str, ...]] = {
         "rerun_export",
         "trajectory",
     ),
+    2.5: ("cli_settings",),
     3: ("checkpoint", "compatibility", "data.dataset", "model.latents", "model.movement", "model.multiview_wan", "prediction_files"),
     4: ("baselines", "data.convert", "checkpoint_writer", "latent_cache", "model.surgery"),
     5: ("checkpoint_compare", "checkpoint_export", "sample", "sim.metaworld", "train_data", "training_module"),

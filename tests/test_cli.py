@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from mvwan import cli
+from mvwan import cli, cli_settings
 from mvwan.config import config_from_dict
 from mvwan.errors import MvwanError
 from mvwan.files import write_json
@@ -77,14 +77,14 @@ INTERFACE = {
 
 def mvwan(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """The real command in a process of its own."""
-    variables = {name: value for name, value in os.environ.items() if name != cli.SWITCH_VARIABLE}
+    variables = {name: value for name, value in os.environ.items() if name != cli_settings.SWITCH_VARIABLE}
     command = [sys.executable, "-m", "mvwan", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=cwd, env=variables | environment)
 
 
 def run(*arguments: str, **environment: str):
     """The same in this process: quicker."""
-    return CliRunner().invoke(cli.app, list(arguments), env={cli.SWITCH_VARIABLE: None, **environment})
+    return CliRunner().invoke(cli.app, list(arguments), env={cli_settings.SWITCH_VARIABLE: None, **environment})
 
 
 def is_one_sentence(text: str) -> bool:
@@ -237,7 +237,7 @@ def test_the_flag_wins_over_the_environment_in_silence() -> None:
 @pytest.mark.parametrize("text", ["yes", "", "on", "2"])
 def test_any_other_value_of_the_environment_is_an_error(text: str) -> None:
     with pytest.raises(MvwanError, match="must be true, false, 1 or 0"):
-        cli.switch_from_environment({cli.SWITCH_VARIABLE: text})
+        cli_settings.switch_from_environment({cli_settings.SWITCH_VARIABLE: text})
     done = run("params", "--base", "tiny", UNFREEZE_MODULATION_AND_NORMS=text)
     assert done.exit_code == 2
     assert is_one_sentence(done.stderr)
@@ -249,7 +249,7 @@ def test_who_sets_the_switch_in_train(tmp_path: Path) -> None:
     on_by_file.write_text("unfreeze_modulation_and_norms: true\n")
 
     def resolved(file: Path | None, settings: list[str], flag: bool | None, **environment: str) -> tuple[bool, bool]:
-        config, note = cli.resolve_config("tiny", file, settings, flag, environment)
+        config, note = cli_settings.resolve_config("tiny", file, settings, flag, environment)
         return config.unfreeze_modulation_and_norms, bool(note)
 
     field = "unfreeze_modulation_and_norms"
@@ -294,7 +294,7 @@ def test_dry_run_says_how_the_checkpoint_to_start_from_fits(tmp_path: Path) -> N
 def test_settings_lie_over_the_file_over_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("train: {steps: 5, batch_size: 2}\nseed: 3\n")
-    config, _ = cli.resolve_config("tiny", file, ["train.steps=9"], None, {})
+    config, _ = cli_settings.resolve_config("tiny", file, ["train.steps=9"], None, {})
     assert (config.train.steps, config.train.batch_size, config.seed, config.train.learning_rate) == (9, 2, 3, 1e-3)
 
 

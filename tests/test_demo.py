@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from mvwan import cli
+from mvwan import cli, cli_settings
 from mvwan.demo import run_demo
 from mvwan.errors import MvwanError
 from mvwan.model.wan import TINY_FOLDER
@@ -111,7 +111,7 @@ def test_a_second_demo_repeats_nothing_and_another_length_only_what_depends_on_i
 
 
 def run(*arguments: str):
-    return CliRunner().invoke(cli.app, list(arguments), env={cli.SWITCH_VARIABLE: None})
+    return CliRunner().invoke(cli.app, list(arguments), env={cli_settings.SWITCH_VARIABLE: None})
 
 
 def test_dry_run_counts_the_windows(made: tuple[Path, str], tmp_path: Path) -> None:

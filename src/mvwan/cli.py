@@ -8,8 +8,6 @@ Ctrl-C 130; anything else keeps its traceback.
 import json
 import math
 import os
-from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,16 +16,32 @@ from typer.core import TyperGroup
 
 from mvwan import __version__
 from mvwan.cli_bench import bench
-from mvwan.cli_checkpoint import checkpoints, console
+from mvwan.cli_checkpoint import checkpoints
 from mvwan.cli_data import datasets
 from mvwan.cli_plan import plan
 from mvwan.cli_reproduce import reproduce
-from mvwan.config import Config, LoraConfig, TrainableConfig, config_from_dict, dump_yaml, merge, parse_overrides, read_yaml
+from mvwan.cli_settings import (
+    ActionHead,
+    AsJson,
+    ConfigFile,
+    Dataset,
+    DenoiseSteps,
+    Fusion,
+    Layouts,
+    Preset,
+    Run,
+    Seed,
+    Settings,
+    Switch,
+    ViewCode,
+    console,
+    environment_note,
+    note,
+    resolve_config,
+    switch_from_environment,
+)
+from mvwan.config import Config, LoraConfig, TrainableConfig, dump_yaml
 from mvwan.errors import MvwanError, PreemptedError
-from mvwan.presets import PRESETS, preset
-
-SWITCH_VARIABLE = "UNFREEZE_MODULATION_AND_NORMS"
-_SWITCH_VALUES = {"true": True, "1": True, "false": False, "0": False}
 
 
 class Door(TyperGroup):
@@ -72,98 +86,6 @@ def _everywhere(
     """Holds the options that belong to no verb."""
 
 
-class Layouts(StrEnum):
-    """Where the objects of a Meta-World task may stand."""
-
-    stock = "stock"
-    widened = "widened"
-
-
-class Fusion(StrEnum):
-    """How RGB and heatmap share the network."""
-
-    channel = "channel"
-    view = "view"
-
-
-class ViewCode(StrEnum):
-    """How view attention tells views apart."""
-
-    slot = "slot"
-    camera = "camera"
-    both = "both"
-
-
-class ActionHead(StrEnum):
-    """What is predicted per frame beside the pictures."""
-
-    none = "none"
-    gripper = "gripper"
-    gripper_rotation = "gripper_rotation"
-
-
-Switch = Annotated[
-    bool | None,
-    typer.Option(
-        "--unfreeze_modulation_and_norms/--no-unfreeze_modulation_and_norms",
-        "--unfreeze-modulation-and-norms/--no-unfreeze-modulation-and-norms",
-        help=f"Train the AdaLN modulation and view attention's norms as well. Not given: ${SWITCH_VARIABLE}, or the settings.",
-        show_default=False,
-    ),
-]
-Preset = Annotated[str, typer.Option("--preset", help=f"Named settings to start from: {', '.join(PRESETS)}.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file laid over the preset.", show_default=False)]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="One setting laid over both, e.g. train.steps=100; repeatable.", show_default=False),
-]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
-DenoiseSteps = Annotated[int, typer.Option("--denoise-steps", min=1, help="Euler steps from noise to video.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of one of its checkpoints.", show_default=False)]
-Dataset = Annotated[
-    Path | None, typer.Option("--dataset", help="Folder of demonstrations; not given: the one the run was trained on.", show_default=False)
-]
-
-
-def switch_from_environment(environ: Mapping[str, str]) -> bool | None:
-    """The switch as `$UNFREEZE_MODULATION_AND_NORMS` sets it, None when it is unset. `MvwanError` for anything but true, false, 1, 0."""
-    text = environ.get(SWITCH_VARIABLE)
-    if text is None:
-        return None
-    if text.lower() not in _SWITCH_VALUES:
-        raise MvwanError(f"{SWITCH_VARIABLE}={text!r}: must be true, false, 1 or 0. Set it to one of them or unset it.")
-    return _SWITCH_VALUES[text.lower()]
-
-
-def resolve_config(
-    preset_name: str, config_file: Path | None, settings: list[str] | None, switch: bool | None, environ: Mapping[str, str]
-) -> tuple[Config, str]:
-    """(checked config, note on where the switch comes from, empty when nobody set it).
-
-    Later wins: preset, YAML file, environment, `--set`, flag. `MvwanError` names the field at fault.
-    """
-    overrides = parse_overrides(settings or [])
-    values = merge(preset(preset_name), read_yaml(config_file) if config_file else {})
-    variable = switch_from_environment(environ)
-    note = ""
-    if switch is not None:
-        overrides = merge(overrides, {"unfreeze_modulation_and_norms": switch})
-    elif variable is not None and "unfreeze_modulation_and_norms" not in overrides:
-        values = merge(values, {"unfreeze_modulation_and_norms": variable})
-        note = _environment_note(variable)
-    where = "settings" if overrides else str(config_file or f"preset {preset_name}")
-    return config_from_dict(merge(values, overrides), where), note
-
-
-def _environment_note(value: bool) -> str:
-    return f"unfreeze_modulation_and_norms={str(value).lower()}, from the environment variable {SWITCH_VARIABLE}"
-
-
-def _note(text: str) -> None:
-    if text:
-        typer.echo(f"note: {text}", err=True)
-
-
 @app.command(epilog="Example: mvwan params --base wan2.2-ti2v-5b --unfreeze_modulation_and_norms --json")
 def params(
     base: Annotated[
@@ -179,7 +101,7 @@ def params(
     ] = ViewCode.slot,
     lora_rank: Annotated[int, typer.Option("--lora-rank", min=1, help="Width of the low-rank adapters.")] = 32,
     unfreeze_modulation_and_norms: Switch = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else there.")] = False,
+    as_json: AsJson = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown table.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="The switch off and on, side by side.")] = False,
 ) -> None:
@@ -190,7 +112,7 @@ def params(
         raise MvwanError("--compare shows the switch off and on; leave --unfreeze_modulation_and_norms out")
     variable = None if compare or unfreeze_modulation_and_norms is not None else switch_from_environment(os.environ)
     if variable is not None:
-        _note(_environment_note(variable))
+        note(environment_note(variable))
     from mvwan.model import surgery
     from mvwan.model.trainable_table import compare as side_by_side
 
@@ -277,8 +199,8 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune on demonstrations."""
-    config, note = resolve_config(preset_name, config_file, settings, unfreeze_modulation_and_norms, os.environ)
-    _note(note)
+    config, said = resolve_config(preset_name, config_file, settings, unfreeze_modulation_and_norms, os.environ)
+    note(said)
     if dry_run:
         _dry_run(config, accept_trainable_change)
         return
@@ -325,7 +247,7 @@ def _datasets(config: Config) -> dict[str, Any]:
 
     episodes = episodes_of(config.data)
     if episodes.left_out:
-        _note(f"{len(episodes.left_out)} episodes are damaged and left out; the first: {episodes.left_out[0].reason}")
+        note(f"{len(episodes.left_out)} episodes are damaged and left out; the first: {episodes.left_out[0].reason}")
     return {split: WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation")}
 
 

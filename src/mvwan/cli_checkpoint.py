@@ -3,23 +3,21 @@
 Knows no tensor. Everything heavy is imported inside the verb that needs it; `cli` turns a user's mistake into one sentence.
 """
 
-import sys
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from mvwan.cli_settings import AsJson, console
 from mvwan.files import json_text
 
 checkpoints = typer.Typer(help="Look into checkpoints, check, compare and export them.", no_args_is_help=True, rich_markup_mode=None)
 
 _WHAT = "Run, checkpoint folder or .safetensors file."
 Checkpoint = Annotated[Path, typer.Argument(metavar="PATH", help=_WHAT, show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else there.")]
 
 
 class Form(StrEnum):
@@ -37,11 +35,6 @@ class Dtype(StrEnum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
-
-
-def console() -> Console:
-    """Tables keep their columns when the output is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 @checkpoints.command(epilog="Example: mvwan checkpoint inspect runs/first")

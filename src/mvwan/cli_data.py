@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from mvwan.cli_checkpoint import AsJson, console
+from mvwan.cli_settings import AsJson, Preset, Settings, console
 from mvwan.config import Config, parse_overrides
 from mvwan.errors import MvwanError, nearest, some
 from mvwan.files import json_text, write_file
-from mvwan.presets import PRESETS, config_from_preset
+from mvwan.presets import config_from_preset
 
 datasets = typer.Typer(help="Look at datasets before training on them.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -26,11 +26,8 @@ def inspect(
     sheet: Annotated[
         Path | None, typer.Option("--sheet", help="PNG to write: windows with their heatmaps over the pictures.", show_default=False)
     ] = None,
-    preset_name: Annotated[str, typer.Option("--preset", help=f"Settings of windows and pictures: {', '.join(PRESETS)}.")] = "tiny",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="One setting laid over the preset, e.g. data.num_frames=5; repeatable."),
-    ] = None,
+    preset_name: Preset = "tiny",
+    settings: Settings = None,
     check: Annotated[bool, typer.Option("--check", help="Decode every picture, and name those that cannot be.")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -1,16 +1,15 @@
 """The verb `mvwan plan`: parses, calls one function, prints what it returns. Everything heavy is imported inside."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from mvwan.cli_checkpoint import AsJson, console
+from mvwan.cli_settings import AsJson, ConfigFile, Preset, Settings, console
 from mvwan.config import parse_overrides, read_yaml
 from mvwan.devices import COMMON, DEFAULT_EFFICIENCY, DEVICES, read_machine
 from mvwan.files import json_text
-from mvwan.presets import PRESETS, config_from_preset
+from mvwan.presets import config_from_preset
 
 if TYPE_CHECKING:
     from mvwan.plan import MachinePlan, Plan, Trial
@@ -21,12 +20,9 @@ _LEGEND = "GB per GPU at the peak of a step. kept: activations; passing: what co
 
 
 def plan(
-    preset_name: Annotated[str, typer.Option("--preset", help=f"Named settings to start from: {', '.join(PRESETS)}.")] = "wan2.2-ti2v-5b",
-    config_file: Annotated[Path | None, typer.Option("--config", help="YAML file laid over the preset.", show_default=False)] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="One setting laid over both; repeatable.", show_default=False),
-    ] = None,
+    preset_name: Preset = "wan2.2-ti2v-5b",
+    config_file: ConfigFile = None,
+    settings: Settings = None,
     device: Annotated[
         list[str] | None,
         typer.Option(

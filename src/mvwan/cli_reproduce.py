@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from mvwan.cli_settings import Settings
+
 
 class Table(StrEnum):
     """Tables of results."""
@@ -41,10 +43,7 @@ def reproduce(
         list[str] | None, typer.Option("--task", help="Only this task; repeatable. Not given: the table's seven.", show_default=False)
     ] = None,
     switch: Annotated[Switch, typer.Option("--switch", help="Train with unfreeze_modulation_and_norms off, on, or both.")] = Switch.both,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="One setting laid over the preset tiny; repeatable.", show_default=False),
-    ] = None,
+    settings: Settings = None,
     execute: Annotated[int, typer.Option("--execute", min=1, help="Waypoints to follow before a run looks again.")] = 8,
     denoise_steps: Annotated[int, typer.Option("--denoise-steps", min=1, help="Euler steps from noise to video.")] = 5,
     control_steps: Annotated[
