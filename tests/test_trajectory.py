@@ -96,3 +96,57 @@ def test_peaks_are_found_between_pixels_and_at_borders_through_jet(sigma_px):
         found, confidence = peak(uncolour(colour(heat)))
         assert np.linalg.norm(found[0] - uv_px, axis=-1).max() < 0.1
         assert confidence.min() > 0.5
+
+
+# ── heat that has no peak worth the name ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_peaks_that_agree_are_kept_whatever_the_heat_says(rig):
+    points = np.random.default_rng(0).uniform((-0.25, -0.25, 0), (0.25, 0.25, 0.25), (15, 3))
+    heat = render(*seen_by(rig, points), SIZE_PX, SIZE_PX, 4.0)
+    for alone, beside_heat in zip(lift(*peak(heat), rig), lift(*peak(heat), rig, heat), strict=True):
+        np.testing.assert_array_equal(alone, beside_heat)
+
+
+@pytest.mark.parametrize("kind", ["pinhole", "orthographic"])
+def test_a_stronger_wrong_spot_in_each_of_two_views_is_outvoted(rig, kind):
+    if kind == "orthographic":
+        scale = np.array([[SIZE_PX / 1.6, 0, SIZE_PX / 2], [0, SIZE_PX / 1.6, SIZE_PX / 2], [0, 0, 1]])
+        rig = [
+            Camera(name=c.name, width_px=SIZE_PX, height_px=SIZE_PX, intrinsics=scale, world_to_camera=c.world_to_camera, kind=kind)
+            for c in rig
+        ]
+    points = np.array([[0.05, -0.1, 0.1], [-0.15, 0.1, 0.05]])
+    uv_px, visible = seen_by(rig, points)
+    assert visible.all()
+    heat = 0.6 * render(uv_px, visible, SIZE_PX, SIZE_PX, 5.0)
+    wrong_px = uv_px[:2] + np.array([[[40.0, 10.0]], [[-15.0, 45.0]]])
+    heat[:2] = np.maximum(heat[:2], 0.9 * render(wrong_px, visible[:2], SIZE_PX, SIZE_PX, 5.0))
+    error_mm = [1000 * np.linalg.norm(lift(*peak(heat), rig, *given)[0] - points, axis=-1) for given in ((), (heat,))]
+    assert error_mm[0].min() > 60, "peaks alone are led astray"
+    assert error_mm[1].max() < 10
+
+
+def test_a_trace_in_other_views_says_how_deep_a_lone_peak_lies(rig):
+    point = np.array([[0.1, -0.05, 0.15]])
+    uv_px, visible = seen_by(rig, point)
+    heat = render(uv_px, visible, SIZE_PX, SIZE_PX, 8.0) * np.array([0.5, 0.01, 0.01])[:, None, None, None]
+    assert np.isnan(lift(*peak(heat), rig)[0]).all()
+    found, residual_px = lift(*peak(heat), rig, heat)
+    assert 1000 * np.linalg.norm(found - point) < 10
+    assert residual_px[0] < 2
+
+
+def test_a_lone_peak_and_blank_heat_give_no_point(rig):
+    uv_px, visible = seen_by(rig, np.array([[0.0, 0.0, 0.1]]))
+    heat = render(uv_px, visible, SIZE_PX, SIZE_PX, 8.0)
+    heat[1:] = 0
+    for lost in (heat, np.zeros_like(heat)):
+        found, residual_px = lift(*peak(lost), rig, lost)
+        assert np.isnan(found).all()
+        assert np.isnan(residual_px).all()
+
+
+def test_a_single_view_gives_no_point(rig):
+    heat = render(*seen_by(rig[:1], np.array([[0.0, 0.0, 0.1]])), SIZE_PX, SIZE_PX, 8.0)
+    assert np.isnan(lift(*peak(heat), rig[:1], heat)[0]).all()

@@ -192,7 +192,7 @@ class Prediction:
     confidence: np.ndarray
     """[V F] float32 in 0..1."""
     point_m: np.ndarray
-    """[F 3] float64, triangulated from the peaks."""
+    """[F 3] float64, where the views' heat meets in space (`trajectory.lift`); NaN where it does not."""
     residual_px: np.ndarray
     """[F] float64, root mean square distance of the peaks to the projected point."""
     gripper_open: np.ndarray

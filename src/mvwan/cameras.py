@@ -159,11 +159,14 @@ def look_at(eye_m: Sequence[float], target_m: Sequence[float], up: Sequence[floa
     return matrix
 
 
-def triangulate(cameras: Sequence[Camera], uv_px: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def triangulate(
+    cameras: Sequence[Camera], uv_px: np.ndarray, weight: np.ndarray, refine: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """(point_m [N 3], residual_px [N]): the points that project closest to uv_px [V N 2] under weight [V N].
 
     The residual is the weighted root mean square distance in px. Views of weight 0 or with a NaN pixel are left out. Both results
-    are NaN where fewer than two views remain, where their rays are parallel, or where they meet behind a pinhole camera.
+    are NaN where fewer than two views remain, where their rays are parallel, or where they meet behind a pinhole camera. Without
+    `refine` the linear answer is given: exact where the rays meet, cheap where there are thousands.
     Source: linear triangulation, then Gauss-Newton on the pixel error (Hartley and Zisserman, Multiple View Geometry, ch. 12).
     """
     uv = np.asarray(uv_px, np.float64)
@@ -176,7 +179,7 @@ def triangulate(cameras: Sequence[Camera], uv_px: np.ndarray, weight: np.ndarray
     point = _linear_triangulation(cameras, uv, weights)
     point[used.sum(axis=0) < 2] = np.nan
     cost, normal, slope = _pixel_cost(cameras, point, uv, weights)
-    for _ in range(_REFINE_STEPS):
+    for _ in range(_REFINE_STEPS if refine else 0):
         trial = point - _solve(normal, slope)
         trial_cost, trial_normal, trial_slope = _pixel_cost(cameras, trial, uv, weights)
         better = trial_cost < cost

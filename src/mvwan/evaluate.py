@@ -237,8 +237,9 @@ def _through_codec(run: LoadedRun, sample: Sample) -> Answer:
     heat = heat_video(sample, run.config.data.heatmap_sigma_px)
     decoded = run.codec.decode_video(run.codec.encode_video(np.concatenate([sample.rgb, heat])))
     rgb, heat = np.split(decoded, 2)
-    uv_px, confidence = heatmaps.peak(heatmaps.uncolour(heat))
-    return Answer(rgb=rgb, uv_px=_seen(uv_px, confidence), point_m=lift(uv_px, confidence, sample.cameras)[0])
+    seen = heatmaps.uncolour(heat)
+    uv_px, confidence = heatmaps.peak(seen)
+    return Answer(rgb=rgb, uv_px=_seen(uv_px, confidence), point_m=lift(uv_px, confidence, sample.cameras, seen)[0])
 
 
 def _add(tallies: Tallies, measured: Tallies) -> None:

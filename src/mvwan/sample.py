@@ -271,7 +271,7 @@ def _prediction(
     rgb, heat = rgb.copy(), heatmaps.uncolour(heat_rgb)
     rgb[:, : given.shape[1]], heat[:, : given.shape[1]] = given, given_heat
     uv_px, confidence = heatmaps.peak(heat)
-    point_m, residual_px = lift(uv_px, confidence, cameras)
+    point_m, residual_px = lift(uv_px, confidence, cameras, heat)
     return Prediction(
         rgb=rgb,
         heat=heat,
