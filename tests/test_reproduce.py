@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mvwan.checkpoint import find_checkpoint, load_trained
 from mvwan.errors import MvwanError
 from mvwan.files import read_json, read_json_lines, write_json
 from mvwan.reproduce import plan_stages
@@ -83,6 +84,7 @@ def test_the_published_numbers_are_those_printed() -> None:
         ({"suite": "metaworld7-wide", "tasks": ["door-open"], "baseline": Path(__file__)}, "no widened layouts"),
         ({"suite": "metaworld7-wide", "baseline": Path("nowhere.py")}, "no such script"),
         ({"trials": 0}, "--trials 0"),
+        ({"start_from": Path("earlier"), "overrides": ["train.from_checkpoint=tiny-tracking"]}, "--start-from decides it here"),
     ],
 )
 def test_what_cannot_be_reproduced_is_refused_at_once(tmp_path: Path, changes: dict, message: str) -> None:
@@ -98,6 +100,18 @@ def test_a_change_in_what_the_baseline_imports_repeats_its_stages(tmp_path: Path
     (tmp_path / "net.py").write_text("WIDTH = 2")
     after = [stage.settings for stage in plan_stages(wanted) if "baseline" in stage.name]
     assert len(before) == 4 and all(old != new for old, new in zip(before, after, strict=True))
+
+
+def test_runs_go_on_from_those_of_an_earlier_table(made: tuple[Path, str], tmp_path: Path) -> None:
+    done = reproduce(tmp_path / "longer", "--switch", "off", "--tuning", "--start-from", str(made[0]), "--set", "data.heatmap_sigma_px=3")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "longer" / "results.md").read_text()
+    assert "Each run goes on from the one of the same switch that this made: `mvwan reproduce metaworld7 --task handle-press-v3" in text
+    assert f"| started from | {made[0] / '2' / 'off'} |" in text and f"--start-from {made[0]}" in text
+    first, then = (load_trained(find_checkpoint(folder / "2" / "off"))[0] for folder in (made[0], tmp_path / "longer"))
+    assert set(first) == set(then)
+    again = reproduce(tmp_path / "nothing", "--switch", "off", "--dry-run", "--start-from", str(tmp_path))
+    assert again.returncode == 2 and str(tmp_path / "2" / "off") in again.stderr
 
 
 def test_an_unfinished_table_says_so(made: tuple[Path, str], tmp_path: Path) -> None:

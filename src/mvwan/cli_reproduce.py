@@ -44,6 +44,14 @@ def reproduce(
     ] = None,
     switch: Annotated[Switch, typer.Option("--switch", help="Train with unfreeze_modulation_and_norms off, on, or both.")] = Switch.both,
     settings: Settings = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--start-from",
+            help="Folder of another reproduction: each run goes on from its run of the same demonstrations and switch.",
+            show_default=False,
+        ),
+    ] = None,
     execute: Annotated[int, typer.Option("--execute", min=1, help="Waypoints to follow before a run looks again.")] = 8,
     denoise_steps: Annotated[int, typer.Option("--denoise-steps", min=1, help="Euler steps from noise to video.")] = 5,
     control_steps: Annotated[
@@ -84,6 +92,7 @@ def reproduce(
         baseline=baseline,
         baseline_steps=baseline_steps,
         overrides=settings or (),
+        start_from=start_from,
     )
     if dry_run:
         typer.echo(describe(wanted))

@@ -224,6 +224,7 @@ def collect(wanted: Reproduction, costs: Mapping[str, Mapping[str, Any]], names:
         "format_version": FORMAT_VERSION,
         "suite": wanted.suite,
         "command": wanted.command,
+        "started_from": _earlier_command(wanted.start_from),
         "version": mvwan.__version__,
         "tasks": list(wanted.names),
         "widened": wanted.kind.widened,
@@ -238,6 +239,12 @@ def collect(wanted: Reproduction, costs: Mapping[str, Mapping[str, Any]], names:
         "stages": {name: {**costs[name], **_steps_of(wanted, name)} for name in names if name in costs},
         "unfinished_stages": [name for name in names if name not in costs],
     }
+
+
+def _earlier_command(start_from: Path | None) -> str | None:
+    """The command that made the runs which these go on from; None where there are none, or it is not known."""
+    written = None if start_from is None else start_from / "results.json"
+    return read_json(written)["command"] if written is not None and written.is_file() else None
 
 
 def _steps_of(wanted: Reproduction, stage: str) -> dict[str, float]:

@@ -23,6 +23,7 @@ _SETTINGS = (
     ("frames past an episode's end", "data.past_end"),
     ("augmented variants", "data.augment.variants"),
     ("picture", "data.height_px"),
+    ("spot in heatmaps, sigma", "data.heatmap_sigma_px"),
     ("share held out", "data.validation_share"),
     ("seed", "seed"),
 )
@@ -49,6 +50,8 @@ def _about(result: Mapping[str, Any]) -> str:
             "Runs start from `tiny-tracking`: that checkpoint has learned to track from 12 demonstrations of each of 38 other tasks, with "
             "the switch on; where the switch is off, its modulation and norms stay as they are."
         )
+    if result["started_from"]:
+        lines.append(f"Each run goes on from the one of the same switch that this made: `{result['started_from']}`.")
     if result["final"]:
         lines.append("These layouts are kept for this measurement; nothing is chosen on them.")
     else:

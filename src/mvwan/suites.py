@@ -104,7 +104,9 @@ class Reproduction:
     baseline: Path = Path("benchmarks/conv_baseline.py")
     baseline_steps: int = 1500
     overrides: Sequence[str] = ()
-    """`section.field=value` laid over the preset `tiny`."""
+    """`section.field=value` laid over the preset `tiny-finetune`."""
+    start_from: Path | None = None
+    """Folder of another reproduction: each run goes on from that one's run of the same demonstrations and switch."""
 
     def __post_init__(self) -> None:
         if self.suite not in SUITES:
@@ -117,6 +119,8 @@ class Reproduction:
         given = flatten(parse_overrides(self.overrides), ".")
         if decided := [name for name in _OWNED if name in given]:
             raise MvwanError(f"--set {decided[0]}: {_OWNED[decided[0]]} decides it here")
+        if self.start_from is not None and "train.from_checkpoint" in given:
+            raise MvwanError("--set train.from_checkpoint: --start-from decides it here. Give one of them.")
         if min(self.counts) < 1:
             raise MvwanError(f"--demonstrations {min(self.counts)}: at least 1 per task")
         last = self.seed + 3 * max(self.counts) + 10  # `record` looks no further for layouts on which the expert succeeds
@@ -173,7 +177,10 @@ class Reproduction:
             "seed": self.seed,
             "unfreeze_modulation_and_norms": label == "on",
             "data": {"root": str(folder / "demonstrations"), "cache": str(folder / "latents")},
-            "train": {"steps": self.steps},
+            "train": {
+                "steps": self.steps,
+                **({} if self.start_from is None else {"from_checkpoint": str(self.start_from / str(count) / label)}),
+            },
         }
         return config_from_preset("tiny-finetune", defaults, parse_overrides(self.overrides), owned, where="settings")
 
@@ -195,4 +202,5 @@ class Reproduction:
         ):
             words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
         words += [word for setting in self.overrides for word in ("--set", setting)]
+        words += [] if self.start_from is None else ["--start-from", str(self.start_from)]
         return shlex.join([*words, "--tuning"] if self.tuning else words)
