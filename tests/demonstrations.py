@@ -8,10 +8,10 @@ from mvwan.cameras import Camera
 from mvwan.data.lerobot import write_dataset
 
 
-def write_demonstrations(root: Path) -> Path:
+def write_demonstrations(root: Path, first: int = 0) -> Path:
     """`root`, a dataset of four episodes of nine frames at 64 px in three views; the ball is drawn where it projects.
 
-    The gripper closes on its way, one frame later in each episode.
+    Another `first` gives other paths. The gripper closes on its way, one frame later in each episode.
     """
     intrinsics = np.array([[64.0, 0, 32], [0, 64.0, 32], [0, 0, 1]])
     cameras = []
@@ -23,7 +23,7 @@ def write_demonstrations(root: Path) -> Path:
     rows, columns = np.mgrid[0:64, 0:64] + 0.5
     with write_dataset(root, cameras=cameras, fps=10, action_names=("dx", "dy", "dz", "gripper"), robot_type="ball") as writer:
         for episode in range(4):
-            draw = np.random.default_rng(episode)
+            draw = np.random.default_rng(first + episode)
             start, end = draw.uniform(-0.3, 0.3, (2, 3))
             point_m = np.linspace(start, end, 9)
             rgb = np.zeros((3, 9, 64, 64, 3), np.uint8)
@@ -35,7 +35,7 @@ def write_demonstrations(root: Path) -> Path:
             writer.add_episode(
                 name=f"ball/{episode:06d}",
                 instruction="move the ball",
-                layout_seed=episode,
+                layout_seed=first + episode,
                 rgb=rgb,
                 point_m=point_m,
                 hand_m=point_m,

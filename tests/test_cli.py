@@ -56,12 +56,21 @@ INTERFACE = {
     ],
     "demo": ["--output", "--task", "--episodes", "--steps", "--windows", "--trials", "--seed", "--fresh"],
     "reproduce": [
-        *("table", "--output", "--steps", "--trials", "--demonstrations", "--task", "--switch", "--set", "--execute", "--denoise-steps"),
+        *("table", "--output", "--steps", "--trials", "--demonstrations", "--task", "--switch", "--set", "--start-from"),
+        *("--execute", "--denoise-steps"),
         *("--control-steps", "--videos", "--seed", "--processes", "--baseline", "--baseline-steps", "--tuning", "--fresh", "--dry-run"),
     ],
     "bench": [
         *("--size", "--part", "--repeats", "--compile", "--batch", "--views", "--latent-frames", "--latent-side", "--output", "--json"),
         "--seed",
+    ],
+    "ablate": [
+        *("--output", "--grid", *SETTINGS, "--vary", "--seeds", "--learning-rates", "--test-dataset", "--windows", "--denoise-steps"),
+        *("--trials", "--task", "--execute", "--accept-trainable-change", "--processes", "--cluster", "--cluster-option"),
+        "--dry-run",
+    ],
+    "sensitivity": [
+        *("--output", *SETTINGS, "--batches", "--probe-steps", "--learning-rates", "--budget", "--budget-mb", "--dry-run", "--json")
     ],
     "plan": [*SETTINGS, "--device", "--efficiency", "--measure", "--json"],
     "data convert": ["source", "output", "--set"],

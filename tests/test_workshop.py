@@ -76,7 +76,8 @@ def test_what_is_imported_is_declared_and_the_reverse() -> None:
     needed = {canonicalize_name(distributions[module][0]) for module in outside}
     extras = PROJECT["optional-dependencies"]
     declared = {
-        canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"] + extras["sim"] + extras["view"] + extras["bench"]
+        canonicalize_name(Requirement(line).name)
+        for line in PROJECT["dependencies"] + extras["sim"] + extras["view"] + extras["bench"] + extras["cluster"]
     }
     assert needed <= declared, "imported, not declared"
     assert declared <= needed | UNIMPORTED, "declared, not imported"

@@ -159,9 +159,7 @@ def look_at(eye_m: Sequence[float], target_m: Sequence[float], up: Sequence[floa
     return matrix
 
 
-def triangulate(
-    cameras: Sequence[Camera], uv_px: np.ndarray, weight: np.ndarray, refine: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
+def triangulate(cameras: Sequence[Camera], uv_px: np.ndarray, weight: np.ndarray, refine: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """(point_m [N 3], residual_px [N]): the points that project closest to uv_px [V N 2] under weight [V N].
 
     The residual is the weighted root mean square distance in px. Views of weight 0 or with a NaN pixel are left out. Both results

@@ -15,11 +15,13 @@ import typer
 from typer.core import TyperGroup
 
 from mvwan import __version__
+from mvwan.cli_ablate import ablate
 from mvwan.cli_bench import bench
 from mvwan.cli_checkpoint import checkpoints
 from mvwan.cli_data import datasets
 from mvwan.cli_plan import plan
 from mvwan.cli_reproduce import reproduce
+from mvwan.cli_sensitivity import sensitivity
 from mvwan.cli_settings import (
     ActionHead,
     AsJson,
@@ -212,33 +214,19 @@ def train(
 
 def _dry_run(config: Config, accept_trainable_change: bool) -> None:
     """Prints what `train` would do: settings as YAML, what trains, how the checkpoint to start from fits, how many windows."""
-    from mvwan.model import surgery
+    from mvwan.train_check import check_groups, check_start, check_windows
 
     typer.echo(dump_yaml(config))
-    table = surgery.trainable_table(
-        config.base.source,
-        config.model.views,
-        config.model.fusion,
-        config.unfreeze_modulation_and_norms,
-        trainable=config.trainable,
-        train=config.train,
-        action_head=config.model.action_head,
-        view_code=config.model.view_code,
-    )
-    datasets = _datasets(config) if config.data.root else {}
-    if datasets:
-        datasets["train"].check_actions(config.model.action_head)
-        datasets["train"].check_calibrated(config.model.view_code)
+    table, counts = check_groups(config), "unknown, data.root is not set"
+    if config.data.root:
+        found = check_windows(config)
+        _note_left_out(found.episodes)
+        counts = f"{len(found.training)} train, {len(found.validation)} validation"
     console().print(table.render())
-    if config.train.from_checkpoint is not None:
-        from mvwan.training_module import HeatmapWanTrainingModule
-
-        start: dict[str, Any] = {"checkpoint": config.train.from_checkpoint, "accept_trainable_change": accept_trainable_change}
-        fit = HeatmapWanTrainingModule(config=config, device="meta", print_banners=False, **start).fit
-        assert fit is not None
+    fit = check_start(config, accept_trainable_change)
+    if fit is not None:
         typer.echo("\n".join([f"checkpoint {config.train.from_checkpoint}: {fit.outcome}", *fit.describe()]))
-    counts = ", ".join(f"{len(dataset)} {split}" for split, dataset in datasets.items())
-    typer.echo(f"windows: {counts or 'unknown, data.root is not set'}")
+    typer.echo(f"windows: {counts}")
 
 
 def _datasets(config: Config) -> dict[str, Any]:
@@ -246,9 +234,14 @@ def _datasets(config: Config) -> dict[str, Any]:
     from mvwan.data.dataset import WindowDataset, episodes_of
 
     episodes = episodes_of(config.data)
+    _note_left_out(episodes)
+    return {split: WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation")}
+
+
+def _note_left_out(episodes: Any) -> None:
+    """Says how many `Episodes` are damaged, when some are."""
     if episodes.left_out:
         note(f"{len(episodes.left_out)} episodes are damaged and left out; the first: {episodes.left_out[0].reason}")
-    return {split: WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation")}
 
 
 @app.command(
@@ -413,6 +406,11 @@ def demo(
 
 
 app.command(epilog="Example: mvwan reproduce metaworld7 --dry-run")(reproduce)
+app.command(
+    epilog="Example: mvwan ablate --set data.root=data/drawer --vary unfreeze_modulation_and_norms=false,true --learning-rates 1e-3,3e-3 "
+    "--output runs/ablation"
+)(ablate)
+app.command(epilog="Example: mvwan sensitivity --set data.root=data/drawer --output runs/sensitivity --budget 800000")(sensitivity)
 app.command(epilog="Example: mvwan plan --preset wan2.2-ti2v-5b --device '8 x h100-80gb'")(plan)
 app.command(epilog="Example: mvwan bench --size middle --part steps --repeats 5")(bench)
 

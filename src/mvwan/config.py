@@ -443,17 +443,17 @@ def _shown(value: object) -> str:
         return f"a {type(value).__name__} too large to show"
 
 
-def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
-    """`["train.steps=10", ...]` as nested dicts; values are read as YAML."""
+def parse_overrides(settings: Iterable[str], option: str = "--set") -> dict[str, Any]:
+    """`["train.steps=10", ...]` as nested dicts; values are read as YAML. `option` is what messages say that they came by."""
     nested: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or not name:
-            raise MvwanError(f"--set {setting}: needs the form section.field=value, for example --set train.steps=100")
+            raise MvwanError(f"{option} {setting}: needs the form section.field=value, for example {option} train.steps=100")
         try:
             value = _yaml_value(text)
         except _NotYamlError as error:
-            raise MvwanError(f"--set {setting}: {text!r} is not a YAML value ({error})") from None
+            raise MvwanError(f"{option} {setting}: {text!r} is not a YAML value ({error})") from None
         section = value
         for part in reversed(name.split(".")):
             section = {part: section}

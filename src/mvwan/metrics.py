@@ -124,7 +124,7 @@ def ssim(pred_rgb: np.ndarray, true_rgb: np.ndarray, condition_frames: int = 1) 
 def success_rate(outcomes: Sequence[bool]) -> dict[str, Any]:
     """`successes`, `trials`, `rate` and the 95 % Wilson interval `low`, `high` of one or more outcomes.
 
-    Source: Wilson, Probable inference, JASA 22 (1927). Needs scipy, which comes with the simulator.
+    Source: Wilson, Probable inference, JASA 22 (1927).
     """
     from scipy.stats import binomtest
 

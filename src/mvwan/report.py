@@ -4,20 +4,20 @@ Reads what `train` and `evaluate` wrote and draws conclusions only as far as the
 """
 
 import html
-import json
 from collections.abc import Mapping, Sequence
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mvwan import report_figures
+from mvwan import report_figures, report_page
 from mvwan.errors import MvwanError
 from mvwan.evaluation_table import measure_rows
 from mvwan.files import write_file
 from mvwan.model.trainable_table import human_bytes, percent
 from mvwan.report_frames import SOURCE_NAMES, Window, source_name, window_block
+from mvwan.report_page import Section
 from mvwan.report_rollouts import rollouts
 from mvwan.run_record import RunRecord, findings, number
 
@@ -35,14 +35,14 @@ def write_report(runs: Mapping[str, str | Path], output: str | Path, about: Mapp
         raise MvwanError(f"report: runs are {sorted(runs)}; give one or both of off, on")
     records = [RunRecord(label=label, folder=Path(runs[label])) for label in ("off", "on") if label in runs]
     sections = [
-        _section("short", "In short", _short(records)),
-        _section("trains", "What trains", _what_trains(records)),
-        _section("moved", "What moved", _what_moved(records)),
-        _section("losses", "Losses", _losses(records)),
-        _section("errors", "Held-out predictions against the truth", _errors(records)),
-        _section("pictures", "Predicted and true frames", _frames(records)),
-        _section("rollouts", "The arm moves", rollouts(records)),
-        _section("settings", "Settings, seeds, versions, time", _settings(records, about or {})),
+        Section("short", "In short", _short(records)),
+        Section("trains", "What trains", _what_trains(records)),
+        Section("moved", "What moved", _what_moved(records)),
+        Section("losses", "Losses", _losses(records)),
+        Section("errors", "Held-out predictions against the truth", _errors(records)),
+        Section("pictures", "Predicted and true frames", _frames(records)),
+        Section("rollouts", "The arm moves", rollouts(records)),
+        Section("settings", "Settings, seeds, versions, time", _settings(records, about or {})),
     ]
     write_file(output, _page(records, sections))
     return Path(output)
@@ -112,7 +112,9 @@ def _compared(records: Sequence[RunRecord]) -> str:
             lora,
         )
     )
-    return _table(("group", "trained, off", "trained, on", "difference", "tensors", "% of LoRA", "optimizer"), rows, [*marks, "total"])
+    return report_page.table(
+        ("group", "trained, off", "trained, on", "difference", "tensors", "% of LoRA", "optimizer"), rows, [*marks, "total"]
+    )
 
 
 def _trained(group: Mapping[str, Any] | None) -> tuple[int, int, int]:
@@ -156,7 +158,7 @@ def _group_table(record: RunRecord) -> str:
     )
     rows.append(("trainable", "", f"{total[0]:,}", f"{total[1]:,}", percent(total[0] / lora) if lora else "", "", human_bytes(total[2])))
     marks = ["" if group["trainable"] else "dim" for group in groups] + ["total"]
-    return _table(("group", "mode", "parameters", "tensors", "% of LoRA", "dtype", "optimizer"), rows, marks)
+    return report_page.table(("group", "mode", "parameters", "tensors", "% of LoRA", "dtype", "optimizer"), rows, marks)
 
 
 def _what_moved(records: Sequence[RunRecord]) -> str:
@@ -173,7 +175,7 @@ def _what_moved(records: Sequence[RunRecord]) -> str:
     ):
         changes = {record.label: {row["group"]: row[field] for row in record.movement["groups"]} for record in records}
         if any(change is not None for of_run in changes.values() for change in of_run.values()):  # nothing starts at zero in a later stage
-            plots += _plot(report_figures.movement(changes, title, x))
+            plots += report_page.plot(report_figures.movement(changes, title, x))
     rows = []
     for record in records:
         for row in record.movement["groups"]:
@@ -186,20 +188,22 @@ def _what_moved(records: Sequence[RunRecord]) -> str:
                     f"{row['tensors_moved']}/{row['tensors']}",
                 )
             )
-    table = _table(("group", "switch", "relative change", "change from zero", "gradient norm", "tensors moved"), rows, [""] * len(rows))
+    table = report_page.table(
+        ("group", "switch", "relative change", "change from zero", "gradient norm", "tensors moved"), rows, [""] * len(rows)
+    )
     remark = "Some tensors start at zero, such as LoRA's B and the projector: a relative change of them has no meaning."
     return f'{intro}<div class="figures">{plots}</div><p class="soft">{remark}</p><details><summary>All numbers</summary>{table}</details>'
 
 
 def _losses(records: Sequence[RunRecord]) -> str:
     plots = [
-        _plot(report_figures.training_loss(stream, {record.label: record.training(stream) for record in records}))
+        report_page.plot(report_figures.training_loss(stream, {record.label: record.training(stream) for record in records}))
         for stream in ("rgb", "heat")
     ]
     for stream in ("rgb", "heat"):
         bands = {record.label: record.held_out(stream) for record in records}
         if any(bands.values()):
-            plots.append(_plot(report_figures.held_out_loss(stream, bands)))
+            plots.append(report_page.plot(report_figures.held_out_loss(stream, bands)))
     intro = (
         "<p>Squared error of the velocity, per stream, given frames left out. Runs see the same windows, sigma and noise at each step. "
         "Held-out losses are taken on episodes that were never trained on, at fixed noise, in bands of sigma (0 is data, 1 is noise).</p>"
@@ -229,7 +233,7 @@ def _errors(records: Sequence[RunRecord]) -> str:
     for place, (label, _, digits) in enumerate(labels):
         values = [measure_rows(record.evaluation["measures"])[place][1].get(source) for _, record, source in sources]
         rows.append((label, *(number(value, digits) for value in values)))
-    table = _table(("", *(name for name, _, _ in sources)), rows, [""] * len(rows), escape_head=False)
+    table = report_page.table(("", *(name for name, _, _ in sources)), rows, [""] * len(rows), escape_head=False)
     per_view = [
         (
             view,
@@ -240,7 +244,9 @@ def _errors(records: Sequence[RunRecord]) -> str:
         )
         for index, view in enumerate(evaluation["views"])
     ]
-    views = _table(("peak error by view, px", *(name for name, _, _ in sources)), per_view, [""] * len(per_view), escape_head=False)
+    views = report_page.table(
+        ("peak error by view, px", *(name for name, _, _ in sources)), per_view, [""] * len(per_view), escape_head=False
+    )
     over_time = [
         report_figures.error_over_time(
             {short: evaluation["measures"][long][name]["per_frame"] for short, long in _DRAWN_BASELINES if long in evaluation["measures"]}
@@ -257,7 +263,7 @@ def _errors(records: Sequence[RunRecord]) -> str:
     ]
     by_window = {"hold": [row["hold_first_peak_error_px"] for row in evaluation["windows"]]}
     by_window |= {record.label: [row["predicted_peak_error_px"] for row in record.evaluation["windows"]] for record in records}
-    plots = "".join(_plot(figure) for figure in (*over_time, report_figures.error_by_window(by_window)))
+    plots = "".join(report_page.plot(figure) for figure in (*over_time, report_figures.error_by_window(by_window)))
     return f'{intro}{table}{views}<div class="figures">{plots}</div>'
 
 
@@ -267,7 +273,7 @@ def _frames(records: Sequence[RunRecord]) -> str:
     if not windows:
         return "<p>No predictions were kept.</p>"
     given = records[0].evaluation["given_frames"]
-    blocks = [window_block(window, given, place, _plot(_in_space(window))) for place, window in enumerate(windows, 1)]
+    blocks = [window_block(window, given, place, report_page.plot(_in_space(window))) for place, window in enumerate(windows, 1)]
     intro = "<p>The same held-out windows for every run. White rings mark where the point truly is.</p>"
     return intro + "".join(blocks)
 
@@ -289,7 +295,7 @@ def _settings(records: Sequence[RunRecord], about: Mapping[str, Any]) -> str:
     )
     versions = [(name, version) for name in _VERSIONS if (version := _version(name))]
     blocks = [
-        f"<div><h3>{title}</h3>{_table(('', ''), rows, [''] * len(rows))}</div>"
+        f"<div><h3>{title}</h3>{report_page.table(('', ''), rows, [''] * len(rows))}</div>"
         for title, rows in (("This run", facts), ("Wall time", times), ("Versions", versions))
         if rows
     ]
@@ -308,7 +314,7 @@ def _left_out(records: Sequence[RunRecord]) -> str:
         rows = [(one["name"], one["reason"]) for found in record.skipped.values() for one in found]
         parts.append(
             f"<details><summary>Data, {SOURCE_NAMES[record.label]}: {counts} were damaged and left out</summary>"
-            f"{_table(('', 'why'), rows, [''] * len(rows))}</details>"
+            f"{report_page.table(('', 'why'), rows, [''] * len(rows))}</details>"
         )
     return "".join(parts)
 
@@ -320,45 +326,14 @@ def _version(name: str) -> str:
         return ""
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], marks: Sequence[str], escape_head: bool = True) -> str:
-    """An HTML table; `marks` are the rows' classes."""
-    heads = "".join(f"<th>{html.escape(cell) if escape_head else cell}</th>" for cell in head)
-    body = "".join(
-        f'<tr class="{mark}">{"".join(f"<td>{html.escape(cell)}</td>" for cell in row)}</tr>' for row, mark in zip(rows, marks, strict=True)
-    )
-    top = f"<thead><tr>{heads}</tr></thead>" if any(head) else ""
-    return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
-
-
-def _plot(figure: report_figures.Figure) -> str:
-    text = json.dumps(figure, separators=(",", ":")).replace("</", "<\\/")
-    return f'<figure data-figure><script type="application/json">{text}</script><div class="plot"></div></figure>'
-
-
-def _section(name: str, title: str, body: str) -> str:
-    return f'<section id="{name}" data-title="{html.escape(title)}"><h2>{html.escape(title)}</h2>{body}</section>'
-
-
-def _page(records: Sequence[RunRecord], sections: Sequence[str]) -> str:
-    from plotly.offline import get_plotlyjs
-
-    assets = resources.files("mvwan") / "assets"
-    style, script = ((assets / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    titles = [(part.split('id="')[1].split('"')[0], part.split("<h2>")[1].split("</h2>")[0]) for part in sections]
-    links = "".join(f'<a href="#{name}">{title}</a>' for name, title in titles)
+def _page(records: Sequence[RunRecord], sections: Sequence[Section]) -> str:
     lead = (
         "Wan2.2-TI2V was extended so that several calibrated cameras are seen together and every video comes with a heatmap of where the "
         "robot's tool will be. Here it was fine-tuned on scripted demonstrations, "
         + ("twice from the same seed: with the switch off and on." if len(records) == 2 else f"with the switch {records[0].label}.")
     )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>mvwan report</title><link rel="icon" href="data:,"><style>{style}</style></head><body>'
-        '<button class="theme" type="button">light / dark</button>'
-        '<header class="top"><h1>A multi-view RGB + heatmap Wan, fine-tuned on robot demonstrations</h1>'
-        f'<p class="lead">{lead}</p><nav>{links}</nav></header>'
-        f"<main>{''.join(sections)}</main><footer>mvwan {_version('mvwan')}. This page needs no network.</footer>"
-        f"<script>{get_plotlyjs()}</script><script>{script}</script></body></html>"
+    return report_page.page(
+        "mvwan report", "A multi-view RGB + heatmap Wan, fine-tuned on robot demonstrations", lead, sections, _version("mvwan")
     )
 
 
