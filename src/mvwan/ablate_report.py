@@ -196,7 +196,8 @@ def _mean_and_difference(compared: Comparison, arm: str, name: str) -> str:
         return told if one is None else f"{told} ({one.verdict or 'not measured'})"
     difference, low, high = _alike((one.mean, one.low, one.high))
     verdict = f": {one.verdict}" if one.verdict else ""
-    return f"{told} ({difference}, {low} to {high}{verdict})"
+    interval = "" if one.low is None else f", {low} to {high}"
+    return f"{told} ({difference}{interval}{verdict})"
 
 
 def _mean_and_verdict(compared: Comparison, arm: str, name: str) -> str:

@@ -4,7 +4,6 @@ Takes what `sensitivity.json` holds. Knows no model and measures nothing.
 """
 
 import html
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,13 +13,17 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from mvwan import __version__, report_page
 from mvwan.files import write_file
+from mvwan.report_page import Section
 
 _Result = Mapping[str, Any]
 _DASH = "–"
 _HEADS = ("group", "parameters", "live", "Fisher per live", "decrease", "95 %", "per million", "rate", "at equal count")
 _SET_HEADS = ("trained together", "parameters", "decrease", "95 %", "rate")
 _BLOCKS = {"title": {"text": "block"}, "type": "category", "showgrid": False}
+_NARROW = "<style>#groups td, #groups th { padding: 7px 6px; font-size: 0.85rem; }</style>"
+"""Nine columns have no place beside each other otherwise."""
 _BLUE, _GREY = "#2a6f97", "#a9b4bd"
 _SCALE = [[0, "#f4f7f9"], [0.5, "#7fb3d0"], [1, "#14405c"]]
 _DIVERGING = [[0, "#b5523b"], [0.5, "#f7f7f5"], [1, "#14405c"]]
@@ -153,32 +156,21 @@ def _rate(value: float | None) -> str:
 
 def write_page(result: _Result, path: Path) -> None:
     """Nothing; `path` is a page with the tables and plots, which needs no network."""
-    from plotly.offline import get_plotlyjs
-
-    plots = [figure for figure in figures(result) if figure["data"]]
-    parts = "".join(f'<div class="plot" id="plot{number}"></div>' for number in range(len(plots)))
-    data = json.dumps(plots, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
-    settings = "{displayModeBar: false, responsive: true}"
-    draw = f"plots.forEach((plot, number) => Plotly.newPlot('plot' + number, plot.data, plot.layout, {settings}));"
     said = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences(result))
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#1d2429;background:#fff}"
-        "table{border-collapse:collapse;margin:1rem 0;font-size:13px}td,th{padding:.25rem .6rem;border-bottom:1px solid #dde3e7;"
-        "text-align:right;white-space:nowrap}td:first-child,th:first-child{text-align:left}.wide{overflow-x:auto}.plot{margin:1.5rem 0}"
-    )
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>mvwan sensitivity</title><link rel="icon" href="data:,">'
-        f"<style>{style}</style></head><body><h1>Which groups are worth training</h1><ul>{said}</ul>"
-        f'<div class="wide">{_html(_HEADS, _cells(result))}</div>{_html(_SET_HEADS, _set_cells(result))}{parts}'
-        f"<script>{get_plotlyjs()}</script><script>const plots={data};{draw}</script></body></html>"
-    )
-    write_file(path, page)
+    bars, maps = figures(result)[:2], figures(result)[2:]
+    sections = [
+        Section("short", "In short", f"<ul>{said}</ul>"),
+        Section("groups", "Groups", _NARROW + report_page.table(_HEADS, _cells(result)) + _plots(bars)),
+        Section("together", "Trained together", report_page.table(_SET_HEADS, _set_cells(result))),
+        Section("blocks", "Blocks", _plots(maps)),
+    ]
+    lead = "Each group trained alone for a few steps, on the same windows with the same noise, before any real training."
+    shown = [section for section in sections if section.body]
+    write_file(path, report_page.page("mvwan sensitivity", "Which groups are worth training", lead, shown, __version__))
 
 
-def _html(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>{body}</table>"
+def _plots(drawn: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(report_page.plot(figure, figure["layout"]["height"]) for figure in drawn if figure["data"])
 
 
 def figures(result: _Result) -> list[dict[str, Any]]:
@@ -266,7 +258,6 @@ def _layout(title: str, rows: int, x: dict[str, Any]) -> dict[str, Any]:
         "title": {"text": title, "x": 0, "xanchor": "left", "font": {"size": 15}},
         "height": 130 + 24 * rows,
         "margin": {"l": 170, "r": 30, "t": 50, "b": 50},
-        "xaxis": {"zeroline": True, "zerolinecolor": "#888", **x},
+        "xaxis": {"zeroline": True, **x},
         "yaxis": {"type": "category", "automargin": True, "showgrid": False},
-        "plot_bgcolor": "#fff",
     }
