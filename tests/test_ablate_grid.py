@@ -126,3 +126,10 @@ def test_a_rate_that_yaml_takes_for_a_text_is_a_number() -> None:
     )
     assert grid.rates == (0.001,)
     assert Grid(preset="tiny-finetune", vary=SWITCH).rates == (2e-3,), "not given: that of the settings"
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs" / "ablation").glob("*.yaml")), ids=lambda path: path.name)
+def test_grids_that_ship_are_grids_and_say_how_they_are_run(path: Path) -> None:
+    grid = read_grid(path)
+    assert len(grid.all_arms) > 2 and grid.test_dataset is not None
+    assert f"mvwan ablate --grid configs/ablation/{path.name}" in path.read_text(encoding="utf-8")
