@@ -243,14 +243,6 @@ def parse_factors(given: Iterable[str]) -> dict[str, list[Any]]:
     return factors
 
 
-def parse_rates(text: str) -> tuple[float, ...]:
-    """`1e-3,3e-3` as numbers. `MvwanError` for anything else."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise MvwanError(f"--learning-rates {text}: numbers with commas between them are needed, for example 1e-3,3e-3") from None
-
-
 def differences(before: Grid, now: Grid) -> list[str]:
     """What two grids say differently, a few words each."""
     old, new = before.to_dict(), now.to_dict()

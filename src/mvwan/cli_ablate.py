@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mvwan.cli_settings import ConfigFile, Settings
+from mvwan.cli_settings import ConfigFile, Settings, parse_rates
 from mvwan.config import merge, parse_overrides, read_yaml
 from mvwan.errors import MvwanError
 from mvwan.presets import PRESETS
@@ -116,7 +116,7 @@ def ablate(
         raise MvwanError("--cluster-option belongs to --cluster: give that as well")
     from mvwan.ablate import run_ablation
     from mvwan.ablate_check import check_grid
-    from mvwan.ablate_grid import grid_from_dict, parse_factors, parse_rates, read_grid
+    from mvwan.ablate_grid import grid_from_dict, parse_factors, read_grid
 
     given: dict[str, Any] = {
         "preset": preset,

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from mvwan.cli_settings import AsJson, ConfigFile, Preset, Settings, console, resolve_config
-from mvwan.errors import MvwanError
+from mvwan.cli_settings import AsJson, ConfigFile, Preset, Settings, console, parse_rates, resolve_config
 from mvwan.files import json_text, write_file
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def sensitivity(
 ) -> None:
     """Before a training: which parameter groups, and which of their blocks, are worth training; and a list of groups for a budget."""
     config, _ = resolve_config(preset_name, config_file, settings, None, {})
-    rates = _numbers(learning_rates)
+    rates = parse_rates(learning_rates)
     from mvwan.sensitivity import analyse, make_plan
     from mvwan.sensitivity_probes import Options
 
@@ -63,13 +62,6 @@ def sensitivity(
     typer.echo(output / "sensitivity.html")
     if result["suggestion"]["groups"]:
         typer.echo(f"mvwan train --config {output / 'suggestion.yaml'} --output RUN")
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise MvwanError(f"--learning-rates {text!r}: numbers with commas are needed, for example 3e-4,3e-3") from None
 
 
 def _show(plan: "Plan", probe_steps: int) -> None:

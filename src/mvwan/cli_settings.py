@@ -104,6 +104,14 @@ def resolve_config(
     return config_from_dict(merge(values, overrides), where), said
 
 
+def parse_rates(text: str) -> tuple[float, ...]:
+    """`1e-3,3e-3`, as `--learning-rates` takes it, as numbers. `MvwanError` for anything else."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise MvwanError(f"--learning-rates {text}: numbers with commas between them are needed, for example 1e-3,3e-3") from None
+
+
 def environment_note(value: bool) -> str:
     """Says that the switch comes from the environment."""
     return f"unfreeze_modulation_and_norms={str(value).lower()}, from the environment variable {SWITCH_VARIABLE}"
