@@ -25,6 +25,7 @@ from typing import Any, Literal
 from mvwan.config import Config
 from mvwan.errors import MvwanError, PreemptedError
 from mvwan.files import read_json, write_json
+from mvwan.memory import memory_bytes
 
 Kind = Literal["encode", "train", "predict"]
 _PATIENCE_S = 120
@@ -240,9 +241,7 @@ def _peak_memory_mb() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    # Not `getrusage`: what it calls the largest size includes, after a fork, that of the parent.
-    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 2**10
+    return memory_bytes("VmHWM") / 2**20
 
 
 def _work(job: Job, threads: int) -> None:

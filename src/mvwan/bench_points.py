@@ -13,12 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from mvwan.bench_networks import Sizes, training_step
 from mvwan.config import Config, config_from_dict
 from mvwan.errors import MvwanError
+from mvwan.memory import memory_bytes
 from mvwan.training_module import HeatmapWanTrainingModule
 
 Axis = Literal["views", "latent frames", "picture side, px", "batch", "LoRA rank"]
@@ -126,9 +126,8 @@ def main() -> None:
 
 def _largest_mb() -> float:
     """Of this program: what the kernel calls the process's largest size includes, after a fork, that of its parent."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return next(int(line.split()[1]) for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:")) / 2**10
+    if sys.platform != "darwin":
+        return memory_bytes("VmHWM") / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
 
 

@@ -33,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mvwan.config import Config, dump_yaml
-from mvwan.data.dataset import WindowDataset, episodes_of
+from mvwan.data.dataset import WindowDataset
 from mvwan.errors import MvwanError
 from mvwan.files import write_file, write_json
 from mvwan.sensitivity_candidates import (
@@ -54,6 +54,7 @@ from mvwan.sensitivity_candidates import (
     trained_by,
 )
 from mvwan.sensitivity_probes import LINES, Measurements, Options
+from mvwan.train_check import check_windows
 
 _RESAMPLES = 2000
 SUGGESTION, DEFAULT, SWITCH = "suggestion", "default", "switch"
@@ -95,16 +96,14 @@ def _datasets(config: Config) -> tuple[WindowDataset, WindowDataset]:
     """The windows of both splits. `MvwanError` when nothing is held out to measure on."""
     if config.train.evaluate_windows < 2:
         raise MvwanError(f"train.evaluate_windows={config.train.evaluate_windows}: probes need at least 2 held-out windows. Set it higher.")
-    episodes = episodes_of(config.data)
-    training, held_out = (WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation"))
+    found = check_windows(config)
+    held_out = found.validation
     if len(held_out) < 2:
         raise MvwanError(
-            f"data.validation_share={config.data.validation_share:g} of {len(episodes)} episodes holds out {len(held_out)} windows; probes "
-            "are compared on held-out windows. Set data.validation_share, for example to 0.2."
+            f"data.validation_share={config.data.validation_share:g} of {len(found.episodes)} episodes holds out {len(held_out)} windows; "
+            "probes are compared on held-out windows. Set data.validation_share, for example to 0.2."
         )
-    training.check_actions(config.model.action_head)
-    training.check_calibrated(config.model.view_code)
-    return training, held_out
+    return found.training, held_out
 
 
 def make_plan(config: Config, options: Options) -> Plan:

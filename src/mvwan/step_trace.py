@@ -13,7 +13,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
@@ -28,6 +27,7 @@ from mvwan import flow
 from mvwan.batch import Batch
 from mvwan.config import Config, config_from_dict
 from mvwan.errors import MvwanError
+from mvwan.memory import memory_bytes
 from mvwan.model import multiview_wan
 from mvwan.model.surgery import share_copies
 from mvwan.model.trainable import parameters_by_name, stock_name
@@ -307,7 +307,7 @@ def _run(config: Config) -> Measurement:
     # What torch and Python take for themselves at a first product and for a module's objects counts as the start.
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     HeatmapWanTrainingModule(config=config, device="meta", print_banners=False)
-    start = _memory_bytes("VmRSS")
+    start = memory_bytes("VmRSS")
     module = HeatmapWanTrainingModule(config=config, print_banners=False)
     share_copies(module.model)
     optimizer = _optimizer(module, "cpu")
@@ -322,7 +322,7 @@ def _run(config: Config) -> Measurement:
 
     step()
     step()  # the first has no moments yet
-    peak = _memory_bytes("VmHWM")
+    peak = memory_bytes("VmHWM")
     _give_back_from(_LARGE_BYTES)
     seconds = [step() for _ in range(_TIMED_STEPS)]
     return Measurement(
@@ -339,12 +339,6 @@ def _give_back_from(size: int) -> None:
     It keeps smaller ones for itself, and of dropped aligned ones it can fill few again: a process then holds far more than it uses.
     """
     ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, size)
-
-
-def _memory_bytes(name: str) -> int:
-    """Of this process, by Linux: `VmRSS` resident now, `VmHWM` the most that ever was."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def _product_rate(dtype: torch.dtype) -> float:
