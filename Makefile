@@ -43,7 +43,7 @@ bench: $(INSTALLED) ## steps beside peers and the floor, costs, the way of the d
 
 lock: ## resolve pyproject.toml anew and rewrite requirements.lock
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet '.[sim,view,bench,cluster,dev]'
+	build/lock/bin/python -m pip install --quiet '.[sim,view,bench,cluster,quantize,dev]'
 	{ sed -n '/^#/p' requirements.lock; build/lock/bin/python -m pip freeze --all --exclude pip --exclude mvwan | sed 's/+cpu$$//'; } > build/requirements.lock
 	mv build/requirements.lock requirements.lock
 

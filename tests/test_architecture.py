@@ -47,6 +47,7 @@ FLOORS: dict[float, tuple[str, ...]] = {
         "data.rlbench",
         "data.trail",
         "data.transforms",
+        "model.quantized",
         "model.trainable",
         "model.wan",
         "presets",
@@ -56,7 +57,8 @@ FLOORS: dict[float, tuple[str, ...]] = {
         "sensitivity_report",
         "trajectory",
     ),
-    2.5: ("ablate_grid", "ablate_report", "cli_settings"),
+    2.5: ("ablate_grid", "ablate_report", "cli_settings", "model.context_parallel"),
+    2.75: ("model.attention",),
     3: ("checkpoint", "compatibility", "data.dataset", "model.latents", "model.movement", "model.multiview_wan", "prediction_files"),
     4: ("baselines", "data.convert", "checkpoint_writer", "latent_cache", "model.surgery"),
     5: ("checkpoint_compare", "checkpoint_export", "sample", "sim.metaworld", "train_data", "training_module"),
@@ -92,7 +94,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "tensorboard": ("train",),
     "torch.utils.tensorboard": ("train",),
     "trackio": ("train",),
-    "transformers": ("model.wan",),
+    "torchao": ("model.quantized",),
+    "transformers": ("model.wan", "optimizer"),
     "wandb": ("train",),
 }
 

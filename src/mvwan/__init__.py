@@ -3,6 +3,7 @@
 The public Python surface. Each name is imported when it is first used, so `import mvwan` loads neither torch nor diffusers.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ _HOME = {
     "predict": "mvwan.sample",
     "trainable_table": "mvwan.model.surgery",
 }
+
+# PEFT and diffusers load torchao where it is installed, and all of them then say in every process what nobody here calls is lacking.
+for _name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 __all__ = ["Config", "Prediction", "__version__", "load_model", "predict", "trainable_table"]
 

@@ -221,11 +221,11 @@ def _train(job: Job, windows: Any) -> dict[str, Any]:
 
 
 def _predict(job: Job, windows: Any) -> dict[str, Any]:
-    from mvwan.ablate_outcomes import accelerator, prediction_errors, trial_outcomes
+    from mvwan.ablate_outcomes import prediction_errors, trial_outcomes
     from mvwan.sample import load_run
 
     options = job.options
-    run = load_run(job.folder, device=accelerator())
+    run = load_run(job.folder)
     rows = prediction_errors(run, windows["test"], options["windows"], options["denoise_steps"], job.folder / "prediction.npz")
     rates: dict[str, Any] = {}
     if options["trials"]:

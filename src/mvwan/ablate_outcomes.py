@@ -32,6 +32,7 @@ from mvwan.metrics import Tally
 from mvwan.model.latents import codec_digest
 from mvwan.model.trainable import adapted_weight, parameters_by_name, stock_name
 from mvwan.policies import POLICIES
+from mvwan.precision import default_device
 from mvwan.sample import LoadedRun
 from mvwan.training_module import HeatmapWanTrainingModule
 
@@ -109,11 +110,6 @@ def open_cache(config: Config, folder: str | Path, windows: WindowDataset) -> La
     return LatentCache.open(folder, windows, digest, config.data.heatmap_sigma_px)
 
 
-def accelerator() -> torch.device:
-    """Where runs are measured: on the machine's accelerator, or on its processor where there is none."""
-    return (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device("cpu")
-
-
 # ── losses ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -123,8 +119,9 @@ def velocity_losses(run: Path, config: Config, caches: Mapping[Split, LatentCach
     `rgb_loss` and `heat_loss`, each also as `…@low-high` of every band of sigma, over which the former are means; and `velocity_loss`,
     w * rgb + (1 - w) * heat with the w given here, one for all arms. Raises `MvwanError` when one is NaN or infinite.
     """
-    device = accelerator()
+    device = default_device()
     module = HeatmapWanTrainingModule(config=config, checkpoint=run, device=device, print_banners=False)
+    module.quantize_frozen()
     module.eval()
     rows: list[Row] = []
     for split, cache in caches.items():

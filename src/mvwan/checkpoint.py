@@ -6,7 +6,7 @@
         step-000500/                appears whole, by one rename
             trained.safetensors     the trained tensors by parameter name (`….lora_A.default.weight`), float32
             ema.safetensors         their moving average, when there is one
-            optimizer.safetensors   `exp_avg/<name>` and `exp_avg_sq/<name>`
+            optimizer.safetensors   `<moment>/<name>`, by `trainable_table.moment_shapes`
             state.json              step, updates per group; schedule, data order, sigma and noise are functions of (seed, step, sample)
             manifest.json           base and its digest, views, fusion, action head, groups with names, counts and digests, held-out
                                     loss, settings, versions, accepted changes of what trains, and the SHA-256 of every file above
@@ -325,7 +325,7 @@ def _check_tensors(tensors: TensorFile, manifest: Mapping[str, Any]) -> None:
 
 
 def read_optimizer(path: str | Path) -> tuple[TensorFile, dict[str, Any]]:
-    """(`exp_avg/<name>` and `exp_avg_sq/<name>`, state) of a checkpoint folder, digests checked. Raises `MvwanError` when damaged."""
+    """(tensors by the names of `moment_shapes`, state) of a checkpoint folder, digests checked. Raises `MvwanError` when damaged."""
     folder = Path(path)
     manifest = read_manifest(folder)
     if OPTIMIZER not in manifest["files"]:

@@ -12,14 +12,24 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from mvwan.checkpoint import EMA, OLDER_SYSTEM, OPTIMIZER, TRAINED, Trained, find_checkpoint, load_trained, read_manifest, read_optimizer
+from mvwan.checkpoint import (
+    EMA,
+    OLDER_SYSTEM,
+    OPTIMIZER,
+    TRAINED,
+    Trained,
+    find_checkpoint,
+    load_trained,
+    read_manifest,
+    read_optimizer,
+)
 from mvwan.compatibility import check_identity
 from mvwan.config import config_from_dict
 from mvwan.errors import MvwanError, some
 from mvwan.files import sha256_file
 from mvwan.model.surgery import adapt
 from mvwan.model.trainable import adapted_weight, names_by_group, parameters_by_name, stock_name
-from mvwan.model.trainable_table import NOTHING
+from mvwan.model.trainable_table import NOTHING, moment_shapes
 from mvwan.model.wan import base_digest, load_transformer
 from mvwan.tensors import TensorFile
 
@@ -59,7 +69,8 @@ def verify_checkpoint(path: str | Path) -> tuple[Path, str]:
     if OPTIMIZER in manifest["files"]:
         held[OPTIMIZER], _ = read_optimizer(found)  # and the state beside it
         trains = [name for group in manifest["groups"].values() if group["mode"] != "frozen" for name in group["names"]]
-        moments = {f"{moment}/{name}": shapes[name] for name in trains for moment in ("exp_avg", "exp_avg_sq")}
+        optimizer = manifest["config"].get("train", {}).get("optimizer", "adamw")  # which had no name at first
+        moments = {moment: shape for name in trains for moment, shape in moment_shapes(optimizer, name, shapes[name]).items()}
         _check_names(found / OPTIMIZER, held[OPTIMIZER].shapes, moments)
     for name, file in held.items():
         _check_finite(found / name, file)

@@ -230,7 +230,14 @@ def _write_model(
     saved = to_stock(model, stored) if form == "merged" else model
     with whole_directory(output) as partial:
         _save_pretrained(saved, partial, output)
-    return Export(path=output, notes=(*_model_notes(saved, merged, manifest, dtype), *_lost_notes(form, tensors)))
+    return Export(path=output, notes=(*_model_notes(saved, merged, manifest, dtype), *_base_notes(manifest), *_lost_notes(form, tensors)))
+
+
+def _base_notes(manifest: Mapping[str, Any]) -> list[str]:
+    kind = manifest["config"].get("base", {}).get("quantize", "none")
+    if kind == "none":
+        return []
+    return [f"the run trained and predicts on a base rounded to {kind}; here are its unrounded weights, so predictions differ a little"]
 
 
 def _adapted(manifest: Mapping[str, Any], found: Path, base: str | Path | None, ema: bool) -> MultiViewWan:

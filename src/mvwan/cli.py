@@ -29,6 +29,7 @@ from mvwan.cli_settings import (
     Dataset,
     DenoiseSteps,
     Fusion,
+    Kernel,
     Layouts,
     Preset,
     Run,
@@ -271,9 +272,22 @@ def sample(
     ] = None,
     denoise_steps: DenoiseSteps = 5,
     seed: Seed = 0,
+    attention: Annotated[
+        Kernel, typer.Option("--attention", help="Kernel that attends; refused with the reason where it cannot run.")
+    ] = Kernel.auto,
+    context_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--context-parallel", help="Several processes make the prediction together; start them by torchrun --nproc-per-node N -m mvwan."
+        ),
+    ] = False,
 ) -> None:
     """Predict what follows the first pictures of a held-out window, or your own: videos, a sheet of pictures, the 3-D path."""
-    steps = {"denoise_steps": denoise_steps, "seed": seed}
+    steps: dict[str, Any] = {"denoise_steps": denoise_steps, "seed": seed, "attention": attention.value}
+    if context_parallel:
+        from mvwan.strategy import join_for_prediction
+
+        steps["split"], steps["device"] = join_for_prediction()
     own = {"--cameras": cameras, "--prompt": prompt, "--point": point, "--gripper-open": gripper_open, "--fps": fps}
     if not image:
         if given := [name for name, value in own.items() if value is not None]:

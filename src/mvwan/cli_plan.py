@@ -83,7 +83,7 @@ def _show_machine(made: "Plan", found: "MachinePlan") -> None:
         sizes = [f"{size / _GB:.2f}" for size in vars(option.memory).values()]
         table.add_row(
             ">" if option is found.advised else "",
-            option.strategy,
+            option.strategy + ("" if option.quantize == "none" else f", {option.quantize} base"),
             "yes" if option.gradient_checkpointing else "no",
             *sizes,
             f"{option.memory.total / _GB:.1f}",

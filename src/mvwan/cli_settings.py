@@ -27,6 +27,20 @@ class Layouts(StrEnum):
     widened = "widened"
 
 
+class Kernel(StrEnum):
+    """What attention is computed by."""
+
+    auto = "auto"
+    math = "math"
+    native = "native"
+    cudnn = "cudnn"
+    flash = "flash"
+    flash3 = "flash3"
+    sage = "sage"
+    flex = "flex"
+    xformers = "xformers"
+
+
 class Fusion(StrEnum):
     """How RGB and heatmap share the network."""
 

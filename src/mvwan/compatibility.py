@@ -30,7 +30,8 @@ MAY_CHANGE_ON_RESUME = frozenset(
         *(f"train.{name}" for name in ("steps", "save_every", "keep_last", "keep_best", "async_save", "log_every", "movement_step")),
         *(f"train.{name}" for name in ("evaluate_every", "evaluate_windows", "tracker", "num_workers")),
         *("train.batch_size", "train.gradient_accumulation", "train.compile"),
-        *("data.root", "data.cache", "data.on_corrupt", "base.source", "base.codec", "model.gradient_checkpointing"),
+        *("data.root", "data.cache", "data.on_corrupt", "base.source", "base.codec"),
+        *("model.gradient_checkpointing", "model.attention"),
     }
 )
 """Settings that a resumed run may change: none alters what a step computes, but for rounding. Data and base are compared by content, and

@@ -36,6 +36,10 @@ def _share(field: str, value: float) -> None:
         raise MvwanError(f"{field}={value}: must be between 0 and 1. Set {field}.")
 
 
+Quantize = Literal["none", "int8", "fp8", "nf4"]
+Attention = Literal["auto", "math", "native", "cudnn", "flash", "flash3", "sage", "flex", "xformers"]
+
+
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class BaseConfig:
     """The stock Wan that is adapted."""
@@ -49,6 +53,9 @@ class BaseConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type that frozen tensors outside the float32 islands are held in; auto: bfloat16 where the machine is fast with it. Trained ones
     are float32."""
+    quantize: Quantize = "none"
+    """What frozen weights of the blocks are stored in, each widened for its product alone (torchao). int8 and fp8 take half of bfloat16's
+    memory, nf4 a quarter; all of them round."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -64,6 +71,8 @@ class ModelConfig:
     view_code: Literal["slot", "camera", "both"] = "slot"
     """How view attention tells views apart: by their place in the order, by where each token's ray lies in space, or by both. With
     `camera` a trained model takes other cameras, other numbers of them and any order."""
+    attention: Attention = "auto"
+    """Kernel that training attends with; auto: torch's own choice, and on CPUs product, softmax, product. Predictions take their own."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
 
@@ -244,9 +253,13 @@ class TrainConfig:
     """Windows per process and micro-batch."""
     gradient_accumulation: int = 4
     """Micro-batches per step."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """adamw keeps two moments per trained number; adafactor a row and a column of squares per matrix and no first moment, so next to no
+    memory, at the same learning rates."""
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
     adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Of adamw."""
     max_gradient_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them alone."""
     warmup_steps: int = 100
@@ -330,6 +343,11 @@ class Config:
             raise MvwanError(
                 f"train.condition_frames={self.train.condition_frames}: data.num_frames={self.data.num_frames} has {latent_frames} "
                 f"latent frames and at least one must be predicted. Set train.condition_frames below {latent_frames}."
+            )
+        if self.base.quantize == "nf4" and self.train.compile:
+            raise MvwanError(
+                "base.quantize=nf4: torch.compile cannot read torchao's 4-bit weights. Set train.compile=false, or base.quantize to int8 "
+                "or fp8."
             )
         if self.data.cameras is not None and len(self.data.cameras) != self.model.views:
             raise MvwanError(

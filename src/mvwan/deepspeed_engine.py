@@ -121,7 +121,7 @@ class ZeroEngine:
 class ZeroOptimizer:
     """`optimizer`, whose rows DeepSpeed cut, as if it still held the parameters: the update, `param_groups` and `state`."""
 
-    def __init__(self, engine: Any, optimizer: torch.optim.AdamW) -> None:
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
         self.engine = engine
         self.state = _StateByParameter(engine.optimizer, optimizer)
         self._optimizer = optimizer
@@ -143,7 +143,7 @@ class ZeroOptimizer:
 class _StateByParameter:
     """AdamW's state by parameter, each moment the part of it that this process holds."""
 
-    def __init__(self, zero: Any, optimizer: torch.optim.AdamW) -> None:
+    def __init__(self, zero: Any, optimizer: torch.optim.Optimizer) -> None:
         self._states = optimizer.state
         self._rows: dict[nn.Parameter, torch.Tensor] = {
             parameter: row

@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import track
 
 from mvwan import baselines, heatmaps, metrics
 from mvwan.baselines import Answer, NearestDemonstration
 from mvwan.batch import Prediction, Sample
+from mvwan.config import Attention
 from mvwan.data.dataset import Window, WindowDataset, episodes_of, heat_video, roots_of
 from mvwan.errors import MvwanError
 from mvwan.evaluation_table import FORMAT_VERSION, PCK_PX, SOURCES
 from mvwan.files import sha256_json, whole_file, write_json
 from mvwan.metrics import Tally
+from mvwan.model.context_parallel import TokenSplit
 from mvwan.prediction_files import Truth, check_place, read_cameras, read_pictures, write_prediction
 from mvwan.sample import LoadedRun, load_run, predict
 from mvwan.trajectory import lift
@@ -322,10 +325,22 @@ def load_prediction(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def sample_window(
-    run: str | Path, output: str | Path, *, dataset: str | Path | None = None, window: int = 0, denoise_steps: int = 5, seed: int = 0
+    run: str | Path,
+    output: str | Path,
+    *,
+    dataset: str | Path | None = None,
+    window: int = 0,
+    denoise_steps: int = 5,
+    seed: int = 0,
+    attention: Attention = "auto",
+    split: TokenSplit | None = None,
+    device: str | torch.device | None = None,
 ) -> list[Path]:
-    """The files written to the new folder `output`: prediction of held-out window number `window`, as pictures, videos and numbers."""
-    loaded = load_run(run)
+    """The files written to the new folder `output`: prediction of held-out window number `window`, as pictures, videos and numbers.
+
+    With `split` several processes make it together, and the first one writes.
+    """
+    loaded = load_run(run, device, attention=attention, split=split)
     held_out = held_out_windows(loaded, dataset)
     if window >= len(held_out):
         raise MvwanError(f"--window {window}: there are {len(held_out)} held-out windows, 0 to {len(held_out) - 1}")
@@ -334,7 +349,7 @@ def sample_window(
     prediction = predict_sample(loaded, sample, denoise_steps, seed)
     fps = held_out.windows[window].episode.fps / loaded.config.data.frame_interval
     truth = Truth(rgb=sample.rgb, uv_px=np.where(sample.visible[..., None], sample.uv_px, np.nan))
-    return write_prediction(prediction, output, fps, truth)
+    return write_prediction(prediction, output, fps, truth) if split is None or split.rank == 0 else []
 
 
 def sample_pictures(
@@ -349,18 +364,21 @@ def sample_pictures(
     fps: float | None = None,
     denoise_steps: int = 5,
     seed: int = 0,
+    attention: Attention = "auto",
+    split: TokenSplit | None = None,
+    device: str | torch.device | None = None,
 ) -> list[Path]:
     """The files written to the new folder `output`: what happens after the picture files `images`, one per camera of the JSON file.
 
     Pictures of any size, each that of its camera; both are brought to the run's size, as demonstrations are in training.
     `fps`: predicted frames per second, which times are counted by; None: as in the demonstrations that the run was trained on, which
-    then must be there.
+    then must be there. `split` as in `sample_window`.
     """
     if not prompt.strip():
         raise MvwanError("--prompt is empty. Say what the robot shall do.")
     recorded_by = read_cameras(cameras)
     check_place(output, recorded_by)
-    loaded = load_run(run)
+    loaded = load_run(run, device, attention=attention, split=split)
     data, views = loaded.config.data, loaded.config.model.views
     if len(recorded_by) != views and loaded.config.model.view_code != "camera":
         raise MvwanError(
@@ -383,4 +401,4 @@ def sample_pictures(
         point_m=None if point_m is None else np.array(point_m, np.float64),
         gripper_open=gripper_open,
     )
-    return write_prediction(prediction, output, fps)
+    return write_prediction(prediction, output, fps) if split is None or split.rank == 0 else []

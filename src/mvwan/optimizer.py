@@ -1,4 +1,4 @@
-"""AdamW over the trainable groups, its schedule and moving average; and all of it to and from named tensors.
+"""The optimizer over the trainable groups, its schedule and moving average; and all of it to and from named tensors.
 
 Knows no loop, no batch and no other process: where tensors are spread over several, all of this is about this one's parts, but for
 what is loaded, which is whole.
@@ -10,22 +10,28 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.optimization import Adafactor
 
 from mvwan.config import TrainConfig
 from mvwan.errors import MvwanError
 from mvwan.model.trainable import optimizer_groups, parameters_by_name
+from mvwan.model.trainable_table import moment_shapes
 from mvwan.sharding import local_part, shard_like
 from mvwan.tensors import TensorFile
 from mvwan.training_module import HeatmapWanTrainingModule
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
+def make_optimizer(module: HeatmapWanTrainingModule, train: TrainConfig) -> torch.optim.Optimizer:
+    """`train.optimizer` with a parameter group per trainable group and weight decay.
 
-def make_optimizer(module: HeatmapWanTrainingModule, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with a parameter group per trainable group and weight decay."""
+    Adafactor takes learning rates as they are given: it neither scales them by a tensor's size, which would hold back what starts at
+    zero, nor lowers them with time, which is the schedule's part.
+    """
     groups = optimizer_groups(module.model, module.groups)
     for group in groups:
         group["initial_lr"] = group["lr"]
+    if train.optimizer == "adafactor":
+        return Adafactor(groups, lr=train.learning_rate, scale_parameter=False, relative_step=False)
     return torch.optim.AdamW(groups, betas=train.adam_betas)
 
 
@@ -48,7 +54,7 @@ def learning_rate_factor(update: int, warmup_steps: int, steps: int, schedule: s
 
 
 def optimizer_tensors(optimizer: Any, module: HeatmapWanTrainingModule) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """({`exp_avg/<name>`, `exp_avg_sq/<name>`}, {group: updates that the optimizer counted})."""
+    """({`<moment>/<name>`: tensor} by `moment_shapes`, {group: updates that the optimizer counted})."""
     parameters = parameters_by_name(module.model)
     moments: dict[str, torch.Tensor] = {}
     updates: dict[str, int] = {}
@@ -57,7 +63,8 @@ def optimizer_tensors(optimizer: Any, module: HeatmapWanTrainingModule) -> tuple
         counted = {int(entry["step"]) for entry in entries.values()}
         assert len(counted) == 1, f"{row.name}: some tensors were updated more often than others: {counted}"
         updates[row.name] = counted.pop()
-        moments |= {f"{moment}/{name}": entry[moment] for name, entry in entries.items() for moment in _MOMENTS}
+        for name, entry in entries.items():
+            moments |= {moment: entry[moment.partition("/")[0]] for moment in _moments_of(module, name, parameters[name])}
     return moments, updates
 
 
@@ -75,11 +82,11 @@ def load_optimizer(
     """
     parameters = parameters_by_name(module.model)
     rows = [row for row in module.table.trainable_rows if row.name in updates or not accept_trainable_change]
-    names = {f"{moment}/{name}" for row in rows for name in row.names for moment in _MOMENTS}
-    frozen = {f"{moment}/{name}" for row in module.table.rows if not row.trainable for name in row.names for moment in _MOMENTS}
-    there = set(tensors) - (frozen if accept_trainable_change else set())
-    wrong = sorted((names ^ there) | {row.name for row in rows if row.name not in updates})
-    wrong += [name for name in sorted(names & there) if tensors.shapes[name] != parameters[name.partition("/")[2]].shape]
+    shapes = {name: shape for row in rows for held in row.names for name, shape in _moments_of(module, held, parameters[held]).items()}
+    frozen = {name for row in module.table.rows if not row.trainable for name in row.names}
+    there = {name for name in tensors if not (accept_trainable_change and name.partition("/")[2] in frozen)}
+    wrong = sorted((shapes.keys() ^ there) | {row.name for row in rows if row.name not in updates})
+    wrong += [name for name in sorted(shapes.keys() & there) if tuple(tensors.shapes[name]) != shapes[name]]
     if wrong:
         raise MvwanError(
             f"{path}: its optimizer state does not fit what trains: {', '.join(wrong[:3])}. Use another checkpoint of the run."
@@ -87,8 +94,17 @@ def load_optimizer(
     for row in rows:
         for name in row.names:
             parameter = parameters[name]
-            moments = {moment: shard_like(parameter, tensors[f"{moment}/{name}"]) for moment in _MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(updates[row.name])), **moments}
+            moments = {held.partition("/")[0]: shard_like(parameter, tensors[held]) for held in _moments_of(module, name, parameter)}
+            optimizer.state[parameter] = {"step": _counter(module.config.train, updates[row.name]), **moments}
+
+
+def _moments_of(module: HeatmapWanTrainingModule, name: str, parameter: torch.Tensor) -> dict[str, tuple[int, ...]]:
+    return moment_shapes(module.config.train.optimizer, name, parameter.shape)
+
+
+def _counter(train: TrainConfig, updates: int) -> Any:
+    """As each optimizer counts; AdamW in a tensor."""
+    return updates if train.optimizer == "adafactor" else torch.tensor(float(updates))
 
 
 class MovingAverage:

@@ -6,12 +6,12 @@ named in `ASSUMPTIONS` and printed with every plan. Knows no layer and touches n
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mvwan.config import Config
+from mvwan.config import Config, Quantize
 from mvwan.deepspeed_engine import BUCKET_ELEMENTS
 from mvwan.devices import DEFAULT_EFFICIENCY, Machine
 from mvwan.errors import MvwanError
@@ -31,6 +31,10 @@ _LAUNCH: dict[Strategy, str] = {
     "DeepSpeed ZeRO-2": "--use_deepspeed --zero_stage 2",
     "FSDP2": "--use_fsdp --fsdp_version 2",
 }
+_Way = tuple[bool, Quantize]
+"""(gradient checkpointing, what the frozen base is held as)."""
+_SPREADING: tuple[Strategy, ...] = ("DeepSpeed ZeRO-1", "DeepSpeed ZeRO-2", "FSDP2")
+"""What cannot cut quantised weights, nor rows and columns of moments."""
 _ORDER: tuple[tuple[Strategy, bool], ...] = (
     ("one process", False),
     ("one process", True),
@@ -73,6 +77,8 @@ class Option:
 
     strategy: Strategy
     gradient_checkpointing: bool
+    quantize: Quantize
+    """Of the frozen base."""
     memory: Memory
     spare_gb: float
     """Left on each GPU beside the context; less than 0 where it does not fit."""
@@ -171,20 +177,19 @@ def make_plan(
     """
     if not 0 < efficiency <= 1:
         raise MvwanError(f"--efficiency {efficiency:g}: must be more than 0 and at most 1, the share of the stated rate. 0.4 is usual.")
-    own = config.model.gradient_checkpointing
-    traces: dict[bool, StepTrace] = {}
+    own = (config.model.gradient_checkpointing, config.base.quantize)
+    traces: dict[_Way, StepTrace] = {}
     if machines:
-        for checkpointing in (False, True):
-            traces[checkpointing] = trace(replace(config, model=replace(config.model, gradient_checkpointing=checkpointing)), "gpu")
+        ways: set[_Way] = {(False, own[1]), (True, own[1]), (True, _narrowest(config))}
+        traces = {way: trace(_changed(config, *way), "gpu") for way in ways}
     trial = _trial(config, efficiency) if measured else None
     sizes = traces[own] if traces else trace(config, "cpu")
-    copies = 4 if config.train.ema_decay else 3
     return Plan(
         config=config,
         efficiency=efficiency,
         machines=tuple(_plan_machine(config, machine, traces, given, efficiency) for machine in machines),
         trial=trial,
-        checkpoint_bytes=copies * sizes.trained,
+        checkpoint_bytes=sizes.trained * (2 if config.train.ema_decay else 1) + sizes.optimizer,
         num_checkpoints=config.train.keep_last + 1 + config.train.keep_best if config.train.keep_last else 0,
         window_bytes=sizes.window_bytes * (1 + config.data.augment.variants),
         instruction_bytes=sizes.instruction_bytes,
@@ -223,30 +228,55 @@ def memory_of(step: StepTrace, strategy: Strategy, processes: int, has_average: 
     return max(in_passes, in_update, key=lambda memory: memory.total)
 
 
-def _plan_machine(config: Config, machine: Machine, traces: dict[bool, StepTrace], given: Sequence[str], efficiency: float) -> MachinePlan:
-    options: list[Option] = []
+def _narrowest(config: Config) -> Quantize:
+    """What the base is quantised to where nothing else makes a run fit."""
+    if config.base.quantize != "none":
+        return config.base.quantize
+    return "int8" if config.train.compile else "nf4"
+
+
+def _changed(config: Config, checkpointing: bool, quantize: Quantize) -> Config:
+    model, base = replace(config.model, gradient_checkpointing=checkpointing), replace(config.base, quantize=quantize)
+    return replace(config, model=model, base=base)
+
+
+def _ways(config: Config, count: int) -> Iterator[tuple[Strategy, bool, Quantize]]:
+    """(strategy, gradient checkpointing, base) in the order in which they are tried: what rounds the base comes last."""
+    own = config.base.quantize
     for strategy, checkpointing in _ORDER:
-        if (strategy == "one process") != (machine.count == 1):
-            continue
-        step = traces[checkpointing]
+        is_usable = strategy not in _SPREADING or (own == "none" and config.train.optimizer == "adamw")
+        if (strategy == "one process") == (count == 1) and is_usable:
+            yield strategy, checkpointing, own
+    if own == "none":
+        yield ("one process" if count == 1 else "DDP"), True, _narrowest(config)
+
+
+def _plan_machine(config: Config, machine: Machine, traces: dict[_Way, StepTrace], given: Sequence[str], efficiency: float) -> MachinePlan:
+    options: list[Option] = []
+    for strategy, checkpointing, quantize in _ways(config, machine.count):
+        step = traces[checkpointing, quantize]
         memory = memory_of(step, strategy, machine.count, config.train.ema_decay > 0)
         options.append(
             Option(
                 strategy=strategy,
                 gradient_checkpointing=checkpointing,
+                quantize=quantize,
                 memory=memory,
                 spare_gb=machine.device.memory_gb - CONTEXT_GB - memory.total / GB,
                 step_s=config.train.gradient_accumulation * step.flop / (machine.device.tflops * 1e12 * efficiency),
-                command=_command(config, strategy, checkpointing, machine.count, given),
+                command=_command(config, strategy, checkpointing, quantize, machine.count, given),
             )
         )
     fits = any(option.fits for option in options)
-    return MachinePlan(machine=machine, options=tuple(options), remedy="" if fits else _remedy(config, machine, traces[True]))
+    remedy = "" if fits else _remedy(config, machine, traces[True, config.base.quantize])
+    return MachinePlan(machine=machine, options=tuple(options), remedy=remedy)
 
 
 def _remedy(config: Config, machine: Machine, step: StepTrace) -> str:
     """The smallest group of such GPUs that would do, or what to make smaller."""
     count = 2 * machine.count
+    if config.base.quantize != "none" or config.train.optimizer != "adamw":
+        return "Nothing fits. Set base.quantize=none and train.optimizer=adamw, which FSDP2 can spread over several GPUs."
     while count <= _LARGEST_GROUP:
         needed_gb = memory_of(step, "FSDP2", count, config.train.ema_decay > 0).total / GB + CONTEXT_GB
         if needed_gb <= machine.device.memory_gb:
@@ -259,10 +289,12 @@ def _remedy(config: Config, machine: Machine, step: StepTrace) -> str:
     )
 
 
-def _command(config: Config, strategy: Strategy, checkpointing: bool, count: int, given: Sequence[str]) -> str:
+def _command(config: Config, strategy: Strategy, checkpointing: bool, quantize: Quantize, count: int, given: Sequence[str]) -> str:
     words = ["train", *given]
     if checkpointing != config.model.gradient_checkpointing:
         words += ["--set", f"model.gradient_checkpointing={str(checkpointing).lower()}"]
+    if quantize != config.base.quantize:
+        words += ["--set", f"base.quantize={quantize}"]
     words += [] if config.data.root else ["--set", "data.root=DATA"]
     command = f"{shlex.join(words)} --output RUN"
     if strategy == "one process":

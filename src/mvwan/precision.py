@@ -19,11 +19,14 @@ _ROWS_AT_A_TIME = 1024
 cost of widening it."""
 
 
+def default_device() -> torch.device:
+    """The machine's accelerator, or its processor where there is none."""
+    return (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device("cpu")
+
+
 def has_fast_bfloat16(device: str | torch.device | None = None) -> bool:
-    """Whether `device` (None: the accelerator, or the processor where there is none) has instructions for products in bfloat16."""
-    if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = torch.device(device or "cpu")
+    """Whether `device` (None: the default one) has instructions for products in bfloat16."""
+    device = torch.device(device or default_device())
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     # With AVX-512 oneDNN has kernels for it; below it, and on other architectures, it may have none.

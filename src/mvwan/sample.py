@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -19,13 +19,16 @@ from mvwan.actions import read_out
 from mvwan.batch import Prediction, camera_rays
 from mvwan.cameras import Camera
 from mvwan.checkpoint import find_checkpoint, read_manifest
-from mvwan.config import Config
+from mvwan.config import Attention, Config
 from mvwan.errors import MvwanError
 from mvwan.model import surgery
+from mvwan.model.attention import check_attention
+from mvwan.model.context_parallel import TokenSplit
 from mvwan.model.latents import LatentCodec
 from mvwan.model.multiview_wan import MultiViewWan
-from mvwan.precision import has_fast_bfloat16
-from mvwan.shapes import check_picture_size, num_frames_of, num_latent_frames
+from mvwan.model.quantized import quantize_frozen
+from mvwan.precision import default_device, has_fast_bfloat16
+from mvwan.shapes import check_picture_size, latent_size, num_frames_of, num_latent_frames, num_tokens
 from mvwan.trajectory import lift
 
 
@@ -41,12 +44,22 @@ class LoadedRun:
     step: int
 
 
-def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = False) -> LoadedRun:
-    """The newest checkpoint of the run in folder `path` (or the checkpoint folder itself), ready to predict.
+def load_run(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    ema: bool = False,
+    attention: Attention = "auto",
+    split: TokenSplit | None = None,
+) -> LoadedRun:
+    """The newest checkpoint of the run in folder `path` (or the checkpoint folder itself), ready to predict on `device`.
 
-    Where `device` is slow with bfloat16 products are in float32, and `config` says so.
+    None is the accelerator, or the processor where there is none; the text encoder, which reads one prompt, stays on the processor.
+    Where `device` is slow with bfloat16 products are in float32, and `config` says so. `attention` is the kernel that attends, whatever
+    training used; the frozen weights are stored in as few bits as in training. With `split` several processes, each of which calls this
+    and then `predict` with the same arguments, compute one prediction together.
 
-    Raises `MvwanError` when there is none, when it is damaged, or when its base is not the one it was trained on.
+    Raises `MvwanError` when there is none, when it is damaged, when its base is not the one it was trained on, or when this machine
+    lacks what `attention` or the run's `base.quantize` needs.
     """
     folder = find_checkpoint(path)
     if folder.is_file():
@@ -54,11 +67,24 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = F
             f"checkpoint {path}: a file of the older system does not know its base, views and pictures. Give a run's folder, or load "
             "it with mvwan.load_model(base, checkpoint=...) and give the model, codec and config to mvwan.predict."
         )
-    model, config = surgery.load_as_trained(folder, device=device, ema=ema)
-    if not has_fast_bfloat16(device):
+    model, config = surgery.load_as_trained(folder, ema=ema)
+    device = torch.device(device or default_device())
+    fast = has_fast_bfloat16(device)
+    half = fast and (config.train.precision != "no" or config.base.dtype == "bfloat16")
+    check_attention(attention, device, half=half, trains=False, is_split=split is not None)
+    if split is not None:
+        tokens = num_tokens(1, *latent_size(config.data.height_px, config.data.width_px))
+        split.check(cast("Any", model.config).num_attention_heads, tokens)
+    model.attend_with(attention, split)
+    manifest = read_manifest(folder)
+    held = {name for group in manifest["groups"].values() for name in group["names"]}
+    quantize_frozen(model, config.base.quantize, keep=held)
+    torch.nn.Module.to(model, device)
+    if not fast:
         config = replace(config, train=replace(config.train, precision="no"))
     codec = LatentCodec.load(config.base.codec or config.base.source, config.data.text_tokens)
-    return LoadedRun(model=model, codec=codec, config=config, checkpoint=folder, step=read_manifest(folder)["step"])
+    codec.vae.to(device)
+    return LoadedRun(model=model, codec=codec, config=config, checkpoint=folder, step=manifest["step"])
 
 
 def predict(

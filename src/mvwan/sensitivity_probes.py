@@ -180,6 +180,7 @@ class Measurements:
         self.options, self.device = options, device
         self.windows: LatentCache = caches[0]
         self.module = load_module(config, device)
+        self.module.quantize_frozen()
         share_copies(self.module.model)
         self.module.requires_grad_(False).eval()
         self.config = self.module.config

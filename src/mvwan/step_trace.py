@@ -4,17 +4,15 @@
 them for real in a process of its own. Knows no device but this one, no strategy and no price.
 """
 
-import contextlib
 import ctypes
 import json
 import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
-from unittest import mock
 
 import torch
 from torch import nn
@@ -28,7 +26,7 @@ from mvwan.batch import Batch
 from mvwan.config import Config, config_from_dict
 from mvwan.errors import MvwanError
 from mvwan.memory import memory_bytes
-from mvwan.model import multiview_wan
+from mvwan.model.quantized import is_quantizable, stored_bytes
 from mvwan.model.surgery import share_copies
 from mvwan.model.trainable import parameters_by_name, stock_name
 from mvwan.optimizer import make_optimizer
@@ -73,7 +71,7 @@ class StepTrace:
     trained: int
     """Weights that train; gradients are as many."""
     optimizer: int
-    """Both moments of AdamW."""
+    """What the optimizer keeps of them."""
     batches: int
     """All micro-batches of a step."""
     kept: int
@@ -156,7 +154,9 @@ def trace(config: Config, target: Target) -> StepTrace:
     Needs neither weights nor memory for them. Raises `MvwanError` for settings that do not fit the base.
     """
     module = HeatmapWanTrainingModule(config=settled_for(config, target), device="meta", print_banners=False)
-    with FakeTensorMode(), _attention_of(target):
+    if target == "gpu":
+        module.model.attend_with("native")  # a GPU's fused kernel keeps no matrix of weights
+    with FakeTensorMode():
         _without_numbers(module)
         batch = _batch(module)
         optimizer = _optimizer(module, target)
@@ -179,18 +179,20 @@ def trace(config: Config, target: Target) -> StepTrace:
             loss = _loss(module, batch, target)
             kept = step.now - before
             loss.backward()
-        moments = sum(_bytes(value) for state in optimizer.state.values() for name, value in state.items() if name != "step")
-        blocks = [_unit(block) for block in module.model.blocks]
-        whole = _unit(module)
+        # Counters and the like are single numbers.
+        moments = sum(_bytes(value) for state in optimizer.state.values() for value in state.values() if getattr(value, "ndim", 0))
+        held = _held_bytes(module)
+        blocks = [_unit(block, held) for block in module.model.blocks]
+        whole = _unit(module, held)
         return StepTrace(
             frozen=whole.frozen,
-            shared=_shared_bytes(module),
+            shared=_shared_bytes(module, held),
             trained=whole.trained,
             optimizer=moments,
             batches=config.train.gradient_accumulation * sum(_bytes(value) for value in vars(batch).values()),
             kept=kept,
             peak_gradients=step.peak_gradients,
-            peak_others=step.peak - step.peak_gradients,
+            peak_others=step.peak - step.peak_gradients + _largest_widened(module),
             update=update.peak - moments,
             flop=step.flop,
             block=max(blocks, key=lambda unit: unit.frozen + unit.trained),
@@ -212,13 +214,6 @@ def _counting(step: _LiveBytes) -> Callable[[torch.Tensor], None]:
             step.count_gradient(parameter)
 
     return hook
-
-
-def _attention_of(target: Target) -> contextlib.AbstractContextManager[Any]:
-    """Within it blocks on this processor attend as they do on `target`: a GPU's fused kernel keeps no matrix of weights."""
-    if target == "cpu":
-        return contextlib.nullcontext()
-    return mock.patch.object(multiview_wan, "fastest_attention", return_value=contextlib.nullcontext())
 
 
 def _without_numbers(module: nn.Module) -> None:
@@ -251,7 +246,7 @@ def _batch(module: HeatmapWanTrainingModule) -> Batch:
     ).check()
 
 
-def _optimizer(module: HeatmapWanTrainingModule, target: Target) -> torch.optim.AdamW:
+def _optimizer(module: HeatmapWanTrainingModule, target: Target) -> torch.optim.Optimizer:
     optimizer = make_optimizer(module, module.config.train)
     for group in optimizer.param_groups:
         group["foreach"] = target == "gpu"  # torch's own choice, which it makes by the device of the tensors
@@ -268,7 +263,7 @@ def _loss(module: HeatmapWanTrainingModule, batch: Batch, target: Target) -> tor
     return flow.total_loss(errors, rgb, heat, train.rgb_weight, gripper, rotation, train.action_weight)
 
 
-def _update(module: HeatmapWanTrainingModule, optimizer: torch.optim.AdamW) -> None:
+def _update(module: HeatmapWanTrainingModule, optimizer: torch.optim.Optimizer) -> None:
     if module.config.train.max_gradient_norm:
         nn.utils.clip_grad_norm_(module.parameters(), module.config.train.max_gradient_norm)
     optimizer.step()
@@ -278,15 +273,30 @@ def _bytes(value: Any) -> int:
     return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
 
 
-def _shared_bytes(module: HeatmapWanTrainingModule) -> int:
+def _held_bytes(module: HeatmapWanTrainingModule) -> dict[nn.Parameter, int]:
+    """What each parameter takes, frozen ones as `base.quantize` stores them."""
+    kind = module.config.base.quantize
+    layers = module.model.named_modules()
+    narrow = {layer.weight: stored_bytes(layer.weight, kind) for name, layer in layers if is_quantizable(name, layer, kind)}
+    return {parameter: narrow.get(parameter, _bytes(parameter)) for parameter in module.parameters()}
+
+
+def _largest_widened(module: HeatmapWanTrainingModule) -> int:
+    """Of the frozen weights that are widened for their product, the largest; 0 where none is."""
+    kind = module.config.base.quantize
+    return max((_bytes(layer.weight) for name, layer in module.model.named_modules() if is_quantizable(name, layer, kind)), default=0)
+
+
+def _shared_bytes(module: HeatmapWanTrainingModule, held: Mapping[nn.Parameter, int]) -> int:
     """Of what `share_copies` finds twice in a model whose view attention still has the weights it starts from."""
-    frozen = {stock_name(name): held for name, held in parameters_by_name(module.model).items() if not held.requires_grad}
+    named = parameters_by_name(module.model).items()
+    frozen = {stock_name(name): parameter for name, parameter in named if not parameter.requires_grad}
     copies = {name: frozen.get(name.replace(".mvs_attn.", ".attn1.")) for name in frozen if ".mvs_attn." in name}
-    return sum(_bytes(frozen[name]) for name, original in copies.items() if original is not None and original.dtype == frozen[name].dtype)
+    return sum(held[frozen[name]] for name, original in copies.items() if original is not None and original.dtype == frozen[name].dtype)
 
 
-def _unit(part: nn.Module) -> Unit:
-    sizes = [(parameter.requires_grad, _bytes(parameter)) for parameter in part.parameters()]
+def _unit(part: nn.Module, held: Mapping[nn.Parameter, int]) -> Unit:
+    sizes = [(parameter.requires_grad, held[parameter]) for parameter in part.parameters()]
     return Unit(frozen=sum(size for trains, size in sizes if not trains), trained=sum(size for trains, size in sizes if trains))
 
 
@@ -309,6 +319,7 @@ def _run(config: Config) -> Measurement:
     HeatmapWanTrainingModule(config=config, device="meta", print_banners=False)
     start = memory_bytes("VmRSS")
     module = HeatmapWanTrainingModule(config=config, print_banners=False)
+    module.quantize_frozen()
     share_copies(module.model)
     optimizer = _optimizer(module, "cpu")
 

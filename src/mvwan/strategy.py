@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DeepSpeedPlugin,
@@ -30,7 +30,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from mvwan.config import Config
 from mvwan.deepspeed_engine import InTuples, ZeroEngine, ZeroOptimizer, zero_settings
 from mvwan.errors import MvwanError
-from mvwan.precision import settle
+from mvwan.model.attention import check_attention
+from mvwan.model.context_parallel import TokenSplit
+from mvwan.model.quantized import check_quantize
+from mvwan.precision import has_fast_bfloat16, settle
 from mvwan.sharding import FlatPart
 from mvwan.training_module import HeatmapWanTrainingModule
 
@@ -66,6 +69,7 @@ def make_accelerator(config: Config, output: Path) -> Accelerator:
     plugin = _sharding_plugin()
     zero = DeepSpeedPlugin(hf_ds_config=zero_settings(config.train)) if _is_on("ACCELERATE_USE_DEEPSPEED") else None
     on_cpu = not torch.accelerator.is_available()
+    _check_kernels(config, is_spread=plugin is not None or zero is not None)
     if config.train.compile:
         _check_compiler(on_cpu)
     accelerator = Accelerator(
@@ -90,6 +94,29 @@ def make_accelerator(config: Config, output: Path) -> Accelerator:
     return accelerator
 
 
+def join_for_prediction() -> tuple[TokenSplit, torch.device]:
+    """(share of this process, its device) among the processes that were started together. `MvwanError` where it is the only one."""
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if state.num_processes == 1:
+        raise MvwanError(
+            "--context-parallel shares one prediction among several processes, and this one is alone. Start them together: "
+            "torchrun --nproc-per-node 2 -m mvwan sample ... --context-parallel"
+        )
+    atexit.register(state.destroy_process_group)
+    return TokenSplit.over_all_processes(state.device), state.device
+
+
+def _check_kernels(config: Config, is_spread: bool) -> None:
+    """Nothing, or `MvwanError` for a kernel, a type of frozen weights or an optimizer that this machine or strategy cannot use."""
+    settled = settle(config)
+    half = settled.train.precision == "bf16" or (settled.base.dtype == "bfloat16" and has_fast_bfloat16())
+    check_attention(config.model.attention, half=half, trains=True)
+    check_quantize(config.base.quantize)
+    for name, value, usual in (("base.quantize", config.base.quantize, "none"), ("train.optimizer", config.train.optimizer, "adamw")):
+        if is_spread and value != usual:
+            raise MvwanError(f"{name}={value}: not with FSDP2 or DeepSpeed, which cut tensors apart. Set {name}={usual}, or use DDP.")
+
+
 def forget_settings() -> None:
     """Nothing; the next accelerator of this process starts anew. Accelerate keeps its settings in class variables.
 
@@ -108,7 +135,7 @@ def strategy_name(accelerator: Accelerator) -> str:
 
 
 def prepare(
-    accelerator: Accelerator, own: HeatmapWanTrainingModule, optimizer: torch.optim.AdamW
+    accelerator: Accelerator, own: HeatmapWanTrainingModule, optimizer: torch.optim.Optimizer
 ) -> tuple[Any, Any, Callable[[nn.Parameter], torch.Tensor | FlatPart | None]]:
     """(module, optimizer, parameter -> gradient) as the strategy needs them. Under FSDP2 the module is `own`, its parameters spread."""
     if own.config.train.compile:

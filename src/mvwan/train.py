@@ -395,6 +395,7 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
 
     own = HeatmapWanTrainingModule(config=config, print_banners=accelerator.is_main_process, **start)
     manifest["trainable_changes"] += trainable_changes(own, start["checkpoint"], step)
+    own.quantize_frozen()
     optimizer = make_optimizer(own, config.train)
     module, prepared, gradient_of = prepare(accelerator, own, optimizer)
     share_copies(own.model)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mvwan import flow
 from mvwan.actions import action_losses
@@ -19,6 +20,7 @@ from mvwan.compatibility import Compatibility, check_identity
 from mvwan.config import BaseConfig, Config, LoraConfig, ModelConfig, TrainableConfig
 from mvwan.errors import MvwanError
 from mvwan.model.multiview_wan import MultiViewWan
+from mvwan.model.quantized import quantize_frozen
 from mvwan.model.surgery import LoadReport, load_model
 from mvwan.model.trainable import parameters_by_name
 from mvwan.model.trainable_table import modulation_banner, multiview_banner
@@ -66,6 +68,7 @@ class HeatmapWanTrainingModule(nn.Module):
         self.print_banners = print_banners and int(os.environ.get("RANK", "0")) == 0
         self.model, self.report = self._load(checkpoint, accept_trainable_change, device)
         self.table, self.groups = self.report.table, self.report.groups
+        self.model.attend_with(config.model.attention)
         if config.model.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.train()
@@ -120,6 +123,14 @@ class HeatmapWanTrainingModule(nn.Module):
         for part in self.modules():
             part.training = mode and any(parameter.requires_grad for parameter in part.parameters())
         return self
+
+    def quantize_frozen(self) -> None:
+        """Nothing; frozen weights are held as `base.quantize` says, but for those that a checkpoint holds. Call it before anything moves
+        to a GPU, which then never holds them wide.
+        """
+        narrowed = quantize_frozen(self.model, self.config.base.quantize, keep=self.saved_tensors())
+        # Every process has the same base, and DDP cannot send what torchao holds.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, [f"model.{name}" for name in narrowed])
 
     def compile_blocks(self) -> None:
         """Nothing; when a block first runs, `torch.compile` makes kernels of it. Blocks are alike: one compilation serves them all."""

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from mvwan.errors import MvwanError
+from mvwan.model.quantized import stored_parts
 from mvwan.model.trainable import parameters_by_name
 from mvwan.model.trainable_table import NOTHING, Row, TrainableTable
 from mvwan.sharding import FlatPart, is_spread, local_part, sum_of_parts
@@ -96,7 +97,7 @@ class MovementProof:
         self.model = model
         self.table = table
         self._trained: _TensorsOnDisk | None = None
-        self._frozen: dict[str, tuple[int, int]] = {}
+        self._frozen: dict[str, list[tuple[int, int]]] = {}
 
     def snapshot(self, folder: Path | None = None) -> None:
         """Remember every trained tensor (in a file without a name on the disk of `folder`) and every frozen one (its checksum)."""
@@ -104,7 +105,7 @@ class MovementProof:
         self._trained = _TensorsOnDisk(folder)
         for name in self.table.trainable_names:
             self._trained.add(name, local_part(parameters[name]))
-        self._frozen = {name: checksum(local_part(parameters[name])) for name in self.table.frozen_names}
+        self._frozen = {name: _checksums(parameters[name]) for name in self.table.frozen_names}
 
     def check(self, model: nn.Module, step: int, gradient_norms: Mapping[str, float]) -> MovementReport:
         """The report, after comparing `model` with the snapshot, which is dropped.
@@ -120,7 +121,7 @@ class MovementProof:
         assert self._trained is not None, "snapshot() comes before check()"
         parameters = parameters_by_name(model)
         rows = tuple(self._movement(row, parameters, gradient_norms) for row in self.table.trainable_rows)
-        changed = [float(checksum(local_part(parameters[name])) != before) for name, before in self._frozen.items()]
+        changed = [float(_checksums(parameters[name]) != before) for name, before in self._frozen.items()]
         anywhere = sum_of_parts(torch.tensor(changed), parameters.values()).tolist()
         moved = [name for name, parts in zip(self._frozen, anywhere, strict=True) if parts]
         problems = [_stood_still(row, step) for row in rows if row.tensors_moved == 0]
@@ -192,6 +193,11 @@ def _stood_still(row: GroupMovement, step: int) -> str:
         norm = f"its gradient norm is {row.gradient_norm:.2e}"
         why = f"{norm}: the optimizer does not hold it, or its warm-up keeps the learning rate too small"
     return f"the group {row.group!r} trains but none of its {row.tensors} tensors moved in {step} steps; {why}"
+
+
+def _checksums(parameter: torch.Tensor) -> list[tuple[int, int]]:
+    """Of this process's part of a frozen tensor; of a quantised one, of each tensor that it consists of."""
+    return [checksum(part) for part in stored_parts(local_part(parameter))]
 
 
 @torch.no_grad()

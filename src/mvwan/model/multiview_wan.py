@@ -22,11 +22,13 @@ import einops
 import torch
 from einops import rearrange
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mvwan.actions import ACTION_HEADS
+from mvwan.config import Attention
 from mvwan.errors import MvwanError
-from mvwan.model.wan import FP32LayerNorm, WanAttention, WanAttnProcessor, WanTransformer3DModel, WanTransformerBlock, register_to_config
+from mvwan.model.attention import NamedAttention
+from mvwan.model.context_parallel import TokenSplit
+from mvwan.model.wan import FP32LayerNorm, WanAttention, WanTransformer3DModel, WanTransformerBlock, register_to_config
 from mvwan.precision import WideningLinear, has_fast_bfloat16, product
 from mvwan.shapes import FRAMES_PER_LATENT, LATENT_CHANNELS
 
@@ -40,11 +42,6 @@ ACTION_WIDTH = 64
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x * (1 + scale) + shift in float32. x [B S f n D] normalised; shift, scale [B 1 f 1 D]."""
     return x * (1 + scale) + shift
-
-
-def fastest_attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Within it, attention on a CPU is product, softmax, product: torch's fused kernel takes several times longer. Else torch's choice."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
 class QueryKeyNorm(nn.RMSNorm):
@@ -63,9 +60,10 @@ class MultiViewWanBlock(WanTransformerBlock):
     ) -> None:
         super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
         self.norm_mvs = FP32LayerNorm(dim, eps, elementwise_affine=False)
-        self.mvs_attn = WanAttention(dim=dim, heads=num_heads, dim_head=dim // num_heads, eps=eps, processor=WanAttnProcessor())
+        self.mvs_attn = WanAttention(dim=dim, heads=num_heads, dim_head=dim // num_heads, eps=eps)
         for attention in (self.attn1, self.attn2, self.mvs_attn):
             attention.norm_q, attention.norm_k = QueryKeyNorm(dim, eps=eps), QueryKeyNorm(dim, eps=eps)
+            attention.set_processor(NamedAttention())  # pyright: ignore[reportArgumentType]
         self.projector = nn.Linear(dim, dim)
         self.modulation_mvs = nn.Parameter(torch.zeros(1, 3, dim))
         self.camera_code = nn.Linear(6, dim, bias=False) if knows_cameras else None
@@ -84,34 +82,33 @@ class MultiViewWanBlock(WanTransformerBlock):
         x [B S f n D], S streams; text [B L D], shared by the streams of a sample; time [B f 6 D], one vector per latent frame;
         rope_frames over (f n), rope_streams over (S n), each (cos, sin); rays [B S n 6] float32, for a block with a camera code.
         """
-        with fastest_attention(x.device):
-            streams, frames, tokens = x.shape[1:4]
-            table = rearrange(self.scale_shift_table + time.float(), "B f k D -> k B 1 f 1 D")
-            shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = table.unbind(0)
-            shift_mvs, scale_mvs, gate_mvs = rearrange(self.modulation_mvs + time[:, :, :3].float(), "B f k D -> k B 1 f 1 D").unbind(0)
+        streams, frames, tokens = x.shape[1:4]
+        table = rearrange(self.scale_shift_table + time.float(), "B f k D -> k B 1 f 1 D")
+        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = table.unbind(0)
+        shift_mvs, scale_mvs, gate_mvs = rearrange(self.modulation_mvs + time[:, :, :3].float(), "B f k D -> k B 1 f 1 D").unbind(0)
 
-            # Within each view: all frames.
-            y = modulate(self.norm1(x.float()), shift, scale).type_as(x)
-            y = self.attn1(rearrange(y, "B S f n D -> (B S) (f n) D"), None, None, rope_frames)
-            x = (x.float() + rearrange(y, "(B S) (f n) D -> B S f n D", S=streams, f=frames) * gate).type_as(x)
+        # Within each view: all frames.
+        y = modulate(self.norm1(x.float()), shift, scale).type_as(x)
+        y = self.attn1(rearrange(y, "B S f n D -> (B S) (f n) D"), None, None, rope_frames)
+        x = (x.float() + rearrange(y, "(B S) (f n) D -> B S f n D", S=streams, f=frames) * gate).type_as(x)
 
-            # Within each latent frame: all views.
-            y = modulate(self.norm_mvs(x.float()), shift_mvs, scale_mvs)
-            if self.camera_code is not None and rays is not None:
-                with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round a ray to a fifth of a degree
-                    y = y + self.camera_code(rays)[:, :, None]
-            y = y.type_as(x)
-            y = self.mvs_attn(rearrange(y, "B S f n D -> (B f) (S n) D"), None, None, rope_streams)
-            y = self.projector(y)
-            x = (x.float() + rearrange(y, "(B f) (S n) D -> B S f n D", f=frames, S=streams) * gate_mvs).type_as(x)
+        # Within each latent frame: all views.
+        y = modulate(self.norm_mvs(x.float()), shift_mvs, scale_mvs)
+        if self.camera_code is not None and rays is not None:
+            with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round a ray to a fifth of a degree
+                y = y + self.camera_code(rays)[:, :, None]
+        y = y.type_as(x)
+        y = self.mvs_attn(rearrange(y, "B S f n D -> (B f) (S n) D"), None, None, rope_streams)
+        y = self.projector(y)
+        x = (x.float() + rearrange(y, "(B f) (S n) D -> B S f n D", f=frames, S=streams) * gate_mvs).type_as(x)
 
-            # The prompt: each token looks by itself, so the streams of a sample share keys and values.
-            y = self.norm2(x.float()).type_as(x)
-            y = self.attn2(rearrange(y, "B S f n D -> B (S f n) D"), text, None, None)
-            x = x + rearrange(y, "B (S f n) D -> B S f n D", S=streams, f=frames, n=tokens).type_as(x)
+        # The prompt: each token looks by itself, so the streams of a sample share keys and values.
+        y = self.norm2(x.float()).type_as(x)
+        y = self.attn2(rearrange(y, "B S f n D -> B (S f n) D"), text, None, None)
+        x = x + rearrange(y, "B (S f n) D -> B S f n D", S=streams, f=frames, n=tokens).type_as(x)
 
-            y = modulate(self.norm3(x.float()), shift_ffn, scale_ffn).type_as(x)
-            return (x.float() + self.ffn(y).float() * gate_ffn).type_as(x)
+        y = modulate(self.norm3(x.float()), shift_ffn, scale_ffn).type_as(x)
+        return (x.float() + self.ffn(y).float() * gate_ffn).type_as(x)
 
 
 class StreamHead(nn.Module):
@@ -222,12 +219,23 @@ class MultiViewWan(WanTransformer3DModel):
         del self.norm_out, self.proj_out, self.scale_shift_table
         self._patch, self._fusion, self._channels, self._text_dim = patch, fusion, in_channels, text_dim
         self.view_code: ViewCode = view_code
+        self._split: TokenSplit | None = None
         self.head_rgb = StreamHead(dim, out_channels * math.prod(patch_size), eps)
         self.head_heatmap = StreamHead(dim, out_channels * math.prod(patch_size), eps)
         self.head_action = None if action_head == "none" else ActionHead(dim, ACTION_HEADS[action_head], eps)
         for part in self.modules():
             if type(part) is nn.Linear:
                 part.__class__ = WideningLinear
+
+    def attend_with(self, name: Attention, split: TokenSplit | None = None) -> None:
+        """Nothing; all three attentions of every block then use the back end of that name. Ask `check_attention` whether it can run.
+
+        With `split` each process then computes its share of the tokens, without gradients, and all get the whole answer.
+        """
+        self._split = split
+        for part in self.modules():
+            if isinstance(part, WanAttention):
+                part.set_processor(NamedAttention(name, split))  # pyright: ignore[reportArgumentType]
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -277,12 +285,16 @@ class MultiViewWan(WanTransformer3DModel):
             rays = self._rays_of_tokens(rays.expand(batch, -1, -1, -1, -1).to(x.device), streams // views)
         text = self.condition_embedder.text_embedder(text if torch.is_autocast_enabled(text.device.type) else text.type_as(x))
 
+        if self._split is not None:
+            x, rays, rope_frames, rope_streams = _share(self._split, x, rays, rope_frames, rope_streams)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._recompute(block, x, text, time_six, rope_frames, rope_streams, rays)
             else:
                 x = block(x, text, time_six, rope_frames, rope_streams, rays)
 
+        if self._split is not None:
+            x = self._split.whole(x, dim=3)
         rgb, heat = (x, x) if self._fusion == "channel" else x.split(views, dim=1)
         _, p, q = self._patch
         patches = torch.stack([self.head_rgb(rgb, time), self.head_heatmap(heat, time)])
@@ -366,6 +378,17 @@ class MultiViewWan(WanTransformer3DModel):
             raise MvwanError(f"text is {list(text.shape)}; needed is [{batch}, L, {self._text_dim}] or [1, L, {self._text_dim}]")
         if not 0 <= condition_frames < frames:
             raise MvwanError(f"condition_frames={condition_frames} of {frames} latent frames; at least one must be left to predict")
+
+
+def _share(split: TokenSplit, x: torch.Tensor, rays: torch.Tensor | None, *ropes: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, ...]:
+    """(x, rays, ropes) of this process: its share of the n tokens of x [B S f n D] and rays [B S n 6], and of those of each table."""
+    tokens = x.shape[3]
+
+    def of_table(part: torch.Tensor) -> torch.Tensor:
+        return split.part(part.unflatten(1, (-1, tokens)), dim=2).flatten(1, 2)
+
+    shared = [(of_table(cos), of_table(sin)) for cos, sin in ropes]
+    return split.part(x, dim=3), None if rays is None else split.part(rays, dim=2), *shared
 
 
 def initial_values(

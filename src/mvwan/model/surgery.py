@@ -15,6 +15,7 @@ from mvwan.checkpoint import Trained, find_checkpoint, load_trained, read_manife
 from mvwan.compatibility import Compatibility, Purpose, check_identity, load_into
 from mvwan.config import Config, LoraConfig, TrainableConfig, TrainConfig, config_from_dict, trainable_from_dict
 from mvwan.model.multiview_wan import Actions, Fusion, MultiViewWan, ViewCode, initial_values
+from mvwan.model.quantized import share_parts, stored_parts
 from mvwan.model.trainable import ResolvedGroup, apply, parameters_by_name, resolve_groups, stock_name
 from mvwan.model.trainable_table import TrainableTable
 from mvwan.model.wan import WanTransformer3DModel, base_digest, in_float32_island, load_transformer, stock_arguments
@@ -89,7 +90,8 @@ def adapt(
 
 
 def share_copies(model: MultiViewWan) -> int:
-    """Bytes that no longer are in memory twice: frozen weights of view attention that equal those of self-attention share their storage.
+    """Bytes that no longer are in memory twice: frozen weights of view attention that equal those of self-attention share their storage,
+    quantised ones too.
 
     For a model that computes and trains from here on. Whoever writes to a frozen weight in place afterwards changes both; what replaces
     its `.data` (moving, casting, `merge_adapters`, loading a checkpoint) does not.
@@ -98,11 +100,20 @@ def share_copies(model: MultiViewWan) -> int:
     saved = 0
     for name, copy in frozen.items():
         original = frozen.get(name.replace(".mvs_attn.", ".attn1."), copy)
-        is_there_once = copy.is_meta or copy.data_ptr() == original.data_ptr()
-        if not is_there_once and copy.dtype == original.dtype and torch.equal(copy, original):
+        parts = list(zip(stored_parts(copy), stored_parts(original), strict=False))
+        is_there_once = copy.is_meta or parts[0][0].data_ptr() == parts[0][1].data_ptr()
+        if is_there_once or type(copy) is not type(original) or not all(_is_equal(*pair) for pair in parts):
+            continue
+        saved += sum(part.nbytes for part, _ in parts)
+        if len(parts) > 1:
+            share_parts(copy, original)
+        else:
             copy.data = original.data
-            saved += copy.nbytes
     return saved
+
+
+def _is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 _OURS = ("views", "fusion", "action_head", "view_code")
@@ -235,10 +246,9 @@ def load_model(
     return model, LoadReport(surgery=surgery, table=table, groups=groups, fit=fit, manifest=trained.manifest)
 
 
-def load_as_trained(
-    folder: Path, *, base: str | Path | None = None, device: str | torch.device = "cpu", ema: bool = False
-) -> tuple[MultiViewWan, Config]:
-    """(model, the run's settings) of a checkpoint folder: the model as the run computed with it, on the base that its manifest names.
+def load_as_trained(folder: Path, *, base: str | Path | None = None, ema: bool = False) -> tuple[MultiViewWan, Config]:
+    """(model, the run's settings) of a checkpoint folder: the model as the run computed with it, on the base that its manifest names, which
+    is not quantised here.
 
     `base` replaces where the base is read from; its content is checked all the same. Raises `MvwanError` as `load_model` does.
     """
@@ -252,7 +262,6 @@ def load_as_trained(
         dtype=getattr(torch, config.base.dtype),
         trainable=config.trainable,
         train=config.train,
-        device=device,
         random_weights=config.base.random_weights,
         seed=config.seed,
         ema=ema,

@@ -18,7 +18,7 @@ from torch import nn
 
 from mvwan.config import LoraConfig, TrainableConfig, TrainConfig
 from mvwan.errors import MvwanError, nearest, some
-from mvwan.model.trainable_table import Mode, Row, TrainableTable
+from mvwan.model.trainable_table import Mode, Row, TrainableTable, moment_bytes
 
 _QKVO = r"(to_q|to_k|to_v|to_out\.0)\.weight"
 _FFN = r"ffn\.net\.(0\.proj|2)\.weight"
@@ -73,6 +73,8 @@ class ResolvedGroup:
     vector_weight_decay: float
     """Of norms, tables and biases."""
     warmup_steps: int
+    optimizer: str
+    """The name in `train.optimizer`, the same for all groups."""
     described: str
     """How messages point at its rule, for example `trainable.groups.mine.pattern='...'`."""
 
@@ -192,6 +194,7 @@ def _resolve(trainable: TrainableConfig, group: Group, mode: Mode, train: TrainC
         weight_decay=train.weight_decay if decay is None else decay,
         vector_weight_decay=0.0 if decay is None else decay,
         warmup_steps=train.warmup_steps if warmup is None else warmup,
+        optimizer=train.optimizer,
         described=f"{where}.pattern={group.pattern!r}" if is_own else f"group {group.name!r} (mode {mode})",
     )
 
@@ -372,7 +375,9 @@ def build_table(model: nn.Module, groups: Sequence[ResolvedGroup]) -> TrainableT
     for name, parameter in parameters_by_name(model).items():
         members[_owner(name, claims)][name] = parameter
     modes = _modes(groups)
-    return TrainableTable(rows=tuple(_row(name, modes[name], held) for name, held in members.items() if held))
+    optimizers = {group.name: group.optimizer for group in groups}
+    rows = tuple(_row(name, modes[name], held, optimizers.get(name, "")) for name, held in members.items() if held)
+    return TrainableTable(rows=rows)
 
 
 def _modes(groups: Sequence[ResolvedGroup]) -> dict[str, Mode]:
@@ -386,7 +391,7 @@ def _owner(name: str, claims: _Claims) -> str:
     return claims.adapters[f"{adapter[1]}.weight"] if adapter else claims.weights[stock_name(name)]
 
 
-def _row(name: str, mode: Mode, held: dict[str, nn.Parameter]) -> Row:
+def _row(name: str, mode: Mode, held: dict[str, nn.Parameter], optimizer: str) -> Row:
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in held.values()}
     return Row(
         name=name,
@@ -394,6 +399,7 @@ def _row(name: str, mode: Mode, held: dict[str, nn.Parameter]) -> Row:
         parameters=sum(parameter.numel() for parameter in held.values()),
         dtype="+".join(sorted(dtypes)),
         names=tuple(held),
+        optimizer_bytes=0 if mode == "frozen" else sum(moment_bytes(optimizer, parameter.shape) for parameter in held.values()),
     )
 
 

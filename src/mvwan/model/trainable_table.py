@@ -3,6 +3,7 @@
 Plain names and numbers: knows no model and no torch. `model/trainable` fills it in.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,10 +13,27 @@ from rich.table import Table
 Mode = Literal["frozen", "full", "lora"]
 _Cells = Sequence[Sequence[str]]
 
-OPTIMIZER_BYTES_PER_PARAMETER = 8
-"""AdamW keeps two float32 moments."""
+_MOMENT_BYTES = 4
+"""Of a number that an optimizer keeps; float32."""
 NOTHING = "–"
 RULE = "=" * 80
+
+
+def moment_shapes(optimizer: str, name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """{`<moment>/<name>`: shape} of what `train.optimizer` keeps of a trained tensor."""
+    shape = tuple(shape)
+    if optimizer == "adafactor" and len(shape) > 1:
+        kept = {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": (*shape[:-2], shape[-1])}
+    elif optimizer == "adafactor":
+        kept = {"exp_avg_sq": shape}
+    else:
+        kept = {"exp_avg": shape, "exp_avg_sq": shape}
+    return {f"{moment}/{name}": held for moment, held in kept.items()}
+
+
+def moment_bytes(optimizer: str, shape: Sequence[int]) -> int:
+    """What `train.optimizer` keeps of a trained tensor of that shape."""
+    return _MOMENT_BYTES * sum(math.prod(held) for held in moment_shapes(optimizer, "", shape).values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +48,8 @@ class Row:
     """`float32`, or `bfloat16+float32` where the group holds both."""
     names: tuple[str, ...]
     """Full parameter names in the order of the model."""
+    optimizer_bytes: int
+    """What the optimizer keeps of them; 0 when frozen."""
 
     @property
     def trainable(self) -> bool:
@@ -38,11 +58,6 @@ class Row:
     @property
     def tensors(self) -> int:
         return len(self.names)
-
-    @property
-    def optimizer_bytes(self) -> int:
-        """AdamW's state; 0 when frozen."""
-        return OPTIMIZER_BYTES_PER_PARAMETER * self.parameters if self.trainable else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,13 +198,13 @@ class Comparison:
         return [self._line(name, _trained(self.off, name), _trained(self.on, name)) for name in self.names]
 
     def _totals(self) -> list[tuple[str, ...]]:
-        off = (self.off.trainable_parameters, self.off.trainable_tensors)
-        return [self._line("trainable", off, (self.on.trainable_parameters, self.on.trainable_tensors))]
+        off, on = ((table.trainable_parameters, table.trainable_tensors, table.optimizer_bytes) for table in (self.off, self.on))
+        return [self._line("trainable", off, on)]
 
-    def _line(self, name: str, off: tuple[int, int], on: tuple[int, int]) -> tuple[str, ...]:
-        parameters, tensors = on[0] - off[0], on[1] - off[1]
+    def _line(self, name: str, off: tuple[int, int, int], on: tuple[int, int, int]) -> tuple[str, ...]:
+        parameters, tensors, kept = on[0] - off[0], on[1] - off[1], on[2] - off[2]
         share = percent(self.on.share_of_lora(parameters)) if parameters else ""
-        cost = human_bytes(abs(parameters) * OPTIMIZER_BYTES_PER_PARAMETER) if parameters else ""
+        cost = human_bytes(abs(kept)) if parameters else ""
         sign = "-" if parameters < 0 else "+"
         return (
             name,
@@ -210,9 +225,10 @@ def compare(off: TrainableTable, on: TrainableTable) -> Comparison:
     return Comparison(off=off, on=on)
 
 
-def _trained(table: TrainableTable, name: str) -> tuple[int, int]:
+def _trained(table: TrainableTable, name: str) -> tuple[int, int, int]:
+    """(parameters, tensors, optimizer bytes) that train of that group; zeros where it is frozen or not there."""
     row = table.row(name)
-    return (row.parameters, row.tensors) if row is not None and row.trainable else (0, 0)
+    return (row.parameters, row.tensors, row.optimizer_bytes) if row is not None and row.trainable else (0, 0, 0)
 
 
 def percent(share: float | None) -> str:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ContextParallelConfig, ParallelConfig
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import (
@@ -36,13 +38,17 @@ from mvwan.tensors import TensorFile
 
 __all__ = [
     "TINY_FOLDER",
+    "AttentionBackendName",
     "AutoencoderKLWan",
     "BaseDescription",
+    "ContextParallelConfig",
     "FP32LayerNorm",
+    "ParallelConfig",
     "WanAttention",
     "WanAttnProcessor",
     "WanTransformer3DModel",
     "WanTransformerBlock",
+    "attention_backend",
     "base_digest",
     "codec_files",
     "describe",

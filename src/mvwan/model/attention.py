@@ -1,0 +1,98 @@
+"""Which kernel attends: back ends by name, called through diffusers' dispatcher, refused with the reason where they cannot run.
+
+A back end changes speed, memory and the last bits; never what is computed. Knows no block and no run.
+"""
+
+import contextlib
+from typing import Any, get_args
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mvwan.config import Attention
+from mvwan.errors import MvwanError
+from mvwan.model.context_parallel import TokenSplit
+from mvwan.model.wan import AttentionBackendName, WanAttnProcessor, attention_backend
+from mvwan.precision import default_device
+
+_DISPATCHED: dict[Attention, AttentionBackendName] = {
+    "auto": AttentionBackendName.NATIVE,
+    "math": AttentionBackendName.NATIVE,
+    "native": AttentionBackendName.NATIVE,
+    "cudnn": AttentionBackendName._NATIVE_CUDNN,
+    "flash": AttentionBackendName.FLASH,
+    "flash3": AttentionBackendName._FLASH_3,
+    "sage": AttentionBackendName.SAGE,
+    "flex": AttentionBackendName.FLEX,
+    "xformers": AttentionBackendName.XFORMERS,
+}
+_PACKAGES = {"flash": "flash-attn", "flash3": "flash-attn-3", "sage": "sageattention", "xformers": "xformers"}
+_ANYWHERE = ("auto", "math", "native")
+_HALF_ONLY = ("cudnn", "flash", "flash3", "sage")
+_NO_GRADIENT = ("sage",)
+_EXCHANGING = ("auto", "math", "native", "cudnn", "flash", "sage")
+"""Those around which diffusers exchanges tokens between processes."""
+_LARGEST_MATRIX = 2**30
+"""Bytes of attention weights up to which `auto` multiplies them out on a CPU. Beyond, torch's fused kernel, whose memory does not grow
+with the square of the tokens."""
+
+
+def check_attention(name: Attention, device: str | torch.device | None = None, *, half: bool, trains: bool, is_split: bool = False) -> None:
+    """Nothing, or `MvwanError` saying why back end `name` cannot attend on `device` (None: the default one).
+
+    half: whether products are in bfloat16 or float16; trains: whether gradients are needed; is_split: whether several processes share
+    the tokens.
+    """
+    kind = torch.device(device or default_device()).type
+    problem = None
+    if name not in _ANYWHERE and kind != "cuda":
+        problem = f"it needs a CUDA device, this one is {kind!r}"
+    elif name in _NO_GRADIENT and trains:
+        problem = "it has no gradient; it is for predictions alone"
+    elif name not in _EXCHANGING and is_split:
+        problem = "diffusers cannot exchange tokens around it"
+    elif name in _HALF_ONLY and not half:
+        problem = "it computes in bfloat16 or float16 alone, and products are in float32 (train.precision=no)"
+    else:
+        try:
+            with attention_backend(_DISPATCHED[name]):
+                pass
+        except (RuntimeError, ImportError) as error:
+            package = f", and the package {_PACKAGES[name]} is missing or too old" if name in _PACKAGES else ""
+            problem = f"diffusers cannot use it{package} ({error})"
+    if problem:
+        raise MvwanError(f"attention {name!r}: {problem}. Choose another of {', '.join(get_args(Attention))}; auto always works.")
+
+
+class NamedAttention(WanAttnProcessor):
+    """Stock Wan's attention through the back end of a name.
+
+    `auto` on a CPU is product, softmax, product, for which torch's fused kernel takes several times longer, as long as the matrix of
+    weights is small; elsewhere it is torch's own choice.
+    """
+
+    def __init__(self, name: Attention = "auto", split: TokenSplit | None = None) -> None:
+        super().__init__()
+        self.name: Attention = name
+        self._parallel_config = None if split is None else split.parallel
+        # Never None: diffusers would then ask an environment variable.
+        self._attention_backend = _DISPATCHED[name]
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """What diffusers' processor of the same arguments gives."""
+        keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        weights = len(hidden_states) * attn.heads * hidden_states.shape[1] * keys.shape[1]
+        with _kernel(self.name, hidden_states.device, 4 * weights):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+
+
+def _kernel(name: Attention, device: torch.device, matrix_bytes: int) -> contextlib.AbstractContextManager[Any]:
+    multiplied = name == "math" or (name == "auto" and device.type == "cpu" and matrix_bytes <= _LARGEST_MATRIX)
+    return sdpa_kernel(SDPBackend.MATH) if multiplied else contextlib.nullcontext()
