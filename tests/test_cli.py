@@ -48,7 +48,7 @@ INTERFACE = {
     "train": ["--output", *SETTINGS, *SWITCH, "--resume", "--accept-trainable-change", "--dry-run"],
     "sample": [
         *("run", "--output", "--dataset", "--window", "--image", "--cameras", "--prompt", "--point", "--gripper-open", "--fps"),
-        *("--denoise-steps", "--seed"),
+        *("--denoise-steps", "--seed", "--attention", "--context-parallel"),
     ],
     "evaluate": [
         *("run", "--dataset", "--windows", "--denoise-steps", "--seed", "--output", "--cameras", "--trials", "--task", "--layouts"),

@@ -185,13 +185,15 @@ def test_the_first_option_that_fits_is_advised() -> None:
     assert all(
         option.fits == (option.memory.total / GB + 0.6 <= plan.machine.device.memory_gb) for plan in plans for option in plan.options
     )
-    assert [len(plan.options) for plan in plans] == [2, 2, 8, 8]
-    once, again = plans[0].options
+    assert [len(plan.options) for plan in plans] == [3, 3, 9, 9]
+    once, again, narrow = plans[0].options
+    assert (narrow.quantize, once.quantize) == ("nf4", "none"), "what rounds the base is tried last"
+    assert "--set base.quantize=nf4" in narrow.command
     assert once.step_s == pytest.approx(2 * 1e12 / (100e12 * 0.4))
     assert again.step_s == pytest.approx(4 / 3 * once.step_s)
     assert "--set model.gradient_checkpointing=true" in again.command
     assert "gradient_checkpointing" not in once.command, "it is off already"
-    words = shlex.split(plans[3].options[-1].command)
+    words = shlex.split(plans[3].options[-2].command)
     assert words[:5] == ["accelerate", "launch", "--use_fsdp", "--fsdp_version", "2"]
     assert words[words.index("-m") :][:5] == ["-m", "mvwan", "train", "--preset", "debug"]
 
@@ -205,6 +207,18 @@ def test_what_fits_nowhere_gets_a_remedy() -> None:
     assert "data.num_frames" in hopeless.remedy
 
 
+@pytest.mark.usefixtures("step_of_one_terabyte")
+def test_what_cannot_be_cut_apart_is_offered_to_no_strategy_that_cuts() -> None:
+    machine = read_machine("10 x big:2000GB:100TFLOPS")
+    for setting in ("base.quantize=int8", "train.optimizer=adafactor"):
+        (plan,) = make_plan(small(setting), [machine]).machines
+        assert {option.strategy for option in plan.options} == {"DDP"}
+    (compiled,) = make_plan(small("train.compile=true"), [machine]).machines
+    assert compiled.options[-1].quantize == "int8", "torch.compile cannot read 4-bit weights"
+    (hopeless,) = make_plan(small("base.quantize=int8"), [read_machine("b:60GB:1TFLOPS")]).machines
+    assert "Set base.quantize=none" in hopeless.remedy
+
+
 # ── the verb ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -213,7 +227,7 @@ def test_json_is_all_there_is_on_stdout() -> None:
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     (machine,) = found["machines"]
-    assert (machine["name"], machine["count"], len(machine["options"])) == ("mygpu", 2, 8)
+    assert (machine["name"], machine["count"], len(machine["options"])) == ("mygpu", 2, 9)
     for option in machine["options"]:
         assert option["peak"] == pytest.approx(sum(option["memory"].values()))
     assert machine["advised"].startswith("accelerate launch --multi_gpu --num_processes 2 ")

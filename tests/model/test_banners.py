@@ -85,7 +85,8 @@ def test_banners_at_5b(switch: bool, modulation: str, multiview: str, capsys: py
 
 
 def test_small_models_keep_two_decimals_of_a_million() -> None:
-    table = TrainableTable(rows=(Row(name="modulation", mode="full", parameters=15_360, dtype="float32", names=("a", "b")),))
+    row = Row(name="modulation", mode="full", parameters=15_360, dtype="float32", names=("a", "b"), optimizer_bytes=122_880)
+    table = TrainableTable(rows=(row,))
     assert "  📊 Total: 15,360 parameters (~0.02M)" in modulation_banner(table)
     assert "✅ Unfroze 2 modulation parameters:" in modulation_banner(table)
 

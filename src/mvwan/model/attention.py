@@ -3,11 +3,9 @@
 A back end changes speed, memory and the last bits; never what is computed. Knows no block and no run.
 """
 
-import contextlib
 from typing import Any, get_args
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mvwan.config import Attention
 from mvwan.errors import MvwanError
@@ -65,10 +63,10 @@ def check_attention(name: Attention, device: str | torch.device | None = None, *
 
 
 class NamedAttention(WanAttnProcessor):
-    """Stock Wan's attention through the back end of a name.
+    """Stock Wan's attention by the kernel of a name.
 
-    `auto` on a CPU is product, softmax, product, for which torch's fused kernel takes several times longer, as long as the matrix of
-    weights is small; elsewhere it is torch's own choice.
+    `math`, and `auto` on a CPU as long as the matrix of weights is small, multiply it out themselves, for which torch's fused kernel takes
+    longer; every other name goes through diffusers' dispatcher.
     """
 
     def __init__(self, name: Attention = "auto", split: TokenSplit | None = None) -> None:
@@ -86,13 +84,24 @@ class NamedAttention(WanAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """What diffusers' processor of the same arguments gives."""
-        keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        weights = len(hidden_states) * attn.heads * hidden_states.shape[1] * keys.shape[1]
-        with _kernel(self.name, hidden_states.device, 4 * weights):
+        """[B N D], what diffusers' processor of the same arguments gives."""
+        seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        matrix_bytes = 4 * len(hidden_states) * attn.heads * hidden_states.shape[1] * seen.shape[1]
+        by_itself = self.name == "math" or (self.name == "auto" and hidden_states.device.type == "cpu" and matrix_bytes <= _LARGEST_MATRIX)
+        if not by_itself or self._parallel_config is not None or attention_mask is not None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        query, key, value = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(seen)), attn.to_v(seen)
+        query, key, value = (part.unflatten(2, (attn.heads, -1)) for part in (query, key, value))
+        if rotary_emb is not None:
+            query, key = _rotated(query, *rotary_emb), _rotated(key, *rotary_emb)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        weights = torch.softmax((query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2), dim=-1)
+        answer = (weights.type_as(value) @ value).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](answer.type_as(query)))
 
 
-def _kernel(name: Attention, device: torch.device, matrix_bytes: int) -> contextlib.AbstractContextManager[Any]:
-    multiplied = name == "math" or (name == "auto" and device.type == "cpu" and matrix_bytes <= _LARGEST_MATRIX)
-    return sdpa_kernel(SDPBackend.MATH) if multiplied else contextlib.nullcontext()
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [B N heads D], each pair of neighbours turned by its angle; cos and sin [1 N 1 D] name each angle twice."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
