@@ -17,6 +17,7 @@ from mvwan import flow
 from mvwan.batch import Batch
 from mvwan.config import Config, config_from_dict, merge
 from mvwan.errors import MvwanError
+from mvwan.model.adapters import exchange_layers
 from mvwan.model.multiview_wan import MultiViewWan, MultiViewWanBlock, StreamHead, modulate
 from mvwan.model.surgery import load_model
 from mvwan.model.trainable import apply, optimizer_groups, resolve_groups
@@ -144,7 +145,9 @@ class StockStyleWan(MultiViewWan):
 
 
 def in_stock_style(model: MultiViewWan) -> MultiViewWan:
-    """The same model, which from now on computes as `StockStyleWan`."""
+    """The same model, which from now on computes as `StockStyleWan`, with PEFT's layers and diffusers' attention."""
+    exchange_layers(model, ours=False)
+    model.attend_with("native")
     model.__class__ = StockStyleWan
     for block in model.blocks:
         block.__class__ = StockStyleBlock
@@ -196,6 +199,7 @@ def stock_training_step(config: Config, sizes: Sizes, seed: int) -> tuple[Step, 
     model = load_transformer(base.source, getattr(torch, base.dtype))
     groups = [group for group in resolve_groups(config.trainable) if group.name in _STOCK_GROUPS]
     table = apply(model, groups, rank=config.trainable.lora.rank)
+    exchange_layers(model, ours=False)
     optimizer = torch.optim.AdamW(optimizer_groups(model, groups))
     generator = torch.Generator().manual_seed(seed)
     pictures = sizes.batch * sizes.views

@@ -102,6 +102,7 @@ def join_for_prediction() -> tuple[TokenSplit, torch.device]:
             "--context-parallel shares one prediction among several processes, and this one is alone. Start them together: "
             "torchrun --nproc-per-node 2 -m mvwan sample ... --context-parallel"
         )
+    assert state.device is not None
     atexit.register(state.destroy_process_group)
     return TokenSplit.over_all_processes(state.device), state.device
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mvwan.model.adapters import AdaptedLinear
+from mvwan.model.adapters import AdaptedLinear, exchange_layers
 from mvwan.model.trainable import merge_adapters
 from mvwan.precision import WideningLinear
 from mvwan.training_module import HeatmapWanTrainingModule
@@ -84,3 +84,11 @@ def test_every_adapter_of_the_model_is_one_and_starts_without_effect() -> None:
         before = module(make_batch(), 0, 0).sums
         merge_adapters(module.model, torch.float32)
         assert torch.equal(module(make_batch(), 0, 0).sums, before), "B is zero, so no bit differs"
+
+
+def test_layers_are_exchanged_there_and_back() -> None:
+    module = make_module()
+    expected = module(make_batch(), 0, 0).sums
+    exchange_layers(module.model, ours=False)
+    assert not any(type(layer) is AdaptedLinear for layer in module.modules())
+    torch.testing.assert_close(module(make_batch(), 0, 0).sums, expected)

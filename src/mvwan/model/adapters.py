@@ -33,6 +33,13 @@ class _LowRank(torch.autograd.Function):
         return gradients[0], (of_inner.T @ a).view(ctx.shape), of_inner @ rows, (inner @ of_rows).T
 
 
+def exchange_layers(model: nn.Module, ours: bool = True) -> None:
+    """Nothing; LoRA layers that PEFT made are then `AdaptedLinear`, or with `ours` false PEFT's own again."""
+    for layer in model.modules():
+        if type(layer) in (AdaptedLinear, peft.tuners.lora.Linear):
+            layer.__class__ = AdaptedLinear if ours else peft.tuners.lora.Linear
+
+
 class AdaptedLinear(peft.tuners.lora.Linear):
     """A linear layer with one adapter. Takes the place of PEFT's own class on a layer that PEFT made."""
 
@@ -42,10 +49,11 @@ class AdaptedLinear(peft.tuners.lora.Linear):
         if args or kwargs or self.disable_adapters or self.merged or not is_plain:
             return super().forward(x, *args, **kwargs)
         y = self.base_layer(x)
-        a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+        down: Any = self.lora_A["default"]
+        up: Any = self.lora_B["default"]
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else down.weight.dtype
         if y.dtype != dtype:
             return super().forward(x)
-        answer: torch.Tensor = _LowRank.apply(y, x.to(dtype), a.to(dtype), (self.scaling["default"] * b).to(dtype))
+        answer: torch.Tensor = _LowRank.apply(y, x.to(dtype), down.weight.to(dtype), (self.scaling["default"] * up.weight).to(dtype))
         return answer

@@ -18,7 +18,7 @@ from torch import nn
 
 from mvwan.config import LoraConfig, TrainableConfig, TrainConfig
 from mvwan.errors import MvwanError, nearest, some
-from mvwan.model.adapters import AdaptedLinear
+from mvwan.model.adapters import exchange_layers
 from mvwan.model.trainable_table import Mode, Row, TrainableTable, moment_bytes
 
 _QKVO = r"(to_q|to_k|to_v|to_out\.0)\.weight"
@@ -227,9 +227,7 @@ def _inject(model: nn.Module, targets: Sequence[str], rank: int, alpha: float) -
     # PEFT takes alpha / rank as it is; its annotation alone asks for an integer.
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0, bias="none")  # pyright: ignore[reportArgumentType]
     peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=is_meta)
-    for layer in model.modules():
-        if type(layer) is peft.tuners.lora.Linear:
-            layer.__class__ = AdaptedLinear
+    exchange_layers(model)
     adapted = {match[1] for name in parameters_by_name(model) if (match := _ADAPTER.fullmatch(name))}
     assert adapted == set(targets), f"PEFT adapted other layers than asked: {sorted(adapted ^ set(targets))[:5]}"
 
