@@ -18,6 +18,7 @@ from mvwan.precision import WideningLinear
 from mvwan.sample import load_run
 from mvwan.step_trace import trace
 from mvwan.train import train
+from mvwan.train_check import check_groups
 from mvwan.training_module import HeatmapWanTrainingModule
 from tests.saved import BASE, save_run
 from tests.test_train_processes import SCRIPT, launch
@@ -167,6 +168,8 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch, golden_run: 
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "torchao" else object())
     with pytest.raises(MvwanError, match=r"needs torchao.*pip install 'mvwan\[quantize\]'"):
         train(config_from_dict(merge(golden_run, {"base": {"quantize": "int8"}})), tmp_path / "run")
+    with pytest.raises(MvwanError, match="needs torchao"):
+        check_groups(config_of("int8"))
     assert not (tmp_path / "run").exists()
 
 

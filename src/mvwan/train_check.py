@@ -10,6 +10,7 @@ from mvwan.compatibility import Compatibility
 from mvwan.config import Config
 from mvwan.data.dataset import Episodes, WindowDataset, episodes_of
 from mvwan.model import surgery
+from mvwan.model.quantized import check_quantize
 from mvwan.model.trainable_table import TrainableTable
 from mvwan.training_module import HeatmapWanTrainingModule
 
@@ -24,7 +25,9 @@ class WindowsOfRun:
 
 
 def check_groups(config: Config) -> TrainableTable:
-    """What would train, counted without weights. Raises `MvwanError` for groups that do not fit the base."""
+    """What would train, counted without weights. Raises `MvwanError` for groups that do not fit the base, and for a base held in a type
+    whose library is missing here. (Which kernels run is left to the machine that trains.)"""
+    check_quantize(config.base.quantize)
     return surgery.trainable_table(
         config.base.source,
         config.model.views,
