@@ -111,6 +111,13 @@ def test_on_a_gpu_the_reason_is_named(name: Attention, half: bool, trains: bool,
         check_attention(name, "cuda", half=half, trains=trains)
 
 
+def test_several_processes_share_a_prediction_around_some_alone() -> None:
+    for name in ("math", "flex", "flash3", "xformers"):
+        with pytest.raises(MvwanError, match="cannot exchange tokens"):
+            check_attention(name, "cuda", half=True, trains=False, is_split=True)
+    check_attention("auto", "cpu", half=False, trains=False, is_split=True)
+
+
 def test_training_refuses_it_before_anything_is_written_and_may_change_it_later(golden_run: dict[str, Any], tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(MvwanError, match="attention 'flash': it needs a CUDA device"):

@@ -19,12 +19,12 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_shards_are_read_into_one_copy(bases: dict[str, Path], stored: str, held: str) -> None:
     assert len(list((bases[stored] / "transformer").glob("*.safetensors"))) > 3
     growth = load_growth(bases[stored], held)
-    assert 0.8 < growth.copies < 1.25, f"{growth}: imports leave the allocator some memory that loading then fills"
+    assert 0.9 < growth.copies < 1.25, growth
 
 
 def test_drawn_weights_are_narrow_as_soon_as_they_are_drawn(bases: dict[str, Path]) -> None:
     growth = load_growth(bases["bfloat16"], "bfloat16", random_weights=True)
-    assert 0.8 < growth.copies < 1.5, f"{growth}: a float32 model would be two"
+    assert 0.9 < growth.copies < 1.5, f"{growth}: a float32 model would be two"
 
 
 def test_drawn_weights_are_those_of_a_float32_model_rounded() -> None:

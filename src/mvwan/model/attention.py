@@ -28,7 +28,7 @@ _PACKAGES = {"flash": "flash-attn", "flash3": "flash-attn-3", "sage": "sageatten
 _ANYWHERE = ("auto", "math", "native")
 _HALF_ONLY = ("cudnn", "flash", "flash3", "sage")
 _NO_GRADIENT = ("sage",)
-_EXCHANGING = ("auto", "math", "native", "cudnn", "flash", "sage")
+_EXCHANGING = ("auto", "native", "cudnn", "flash", "sage")
 """Those around which diffusers exchanges tokens between processes."""
 _LARGEST_MATRIX = 2**30
 """Bytes of attention weights up to which `auto` multiplies them out on a CPU. Beyond, torch's fused kernel, whose memory does not grow
