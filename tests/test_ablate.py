@@ -127,6 +127,31 @@ def test_a_second_call_runs_nothing(made: tuple[Path, str, str], monkeypatch: py
     assert made_again.table.encode() == before == (output / "table.md").read_bytes()
 
 
+def test_a_grid_goes_on_from_the_runs_of_another_and_says_how_they_fit(made: tuple[Path, str, str], tmp_path: Path) -> None:
+    """Two stages: what the rules say of a checkpoint of either stands in the dry run, in the table and on the page."""
+    first = read_grid(made[0] / "grid.yaml")
+    arms = {"off, then on": (OFF, True), "on, then off": (ON, False), "on, then on": (ON, True)}
+    place = f"{made[0]}/runs/{{}}/lr-0.001/seed-{{seed}}"
+    settings = {
+        name: {"train": {"from_checkpoint": place.replace("{}", arm.replace(" ", "-"))}, "unfreeze_modulation_and_norms": switch}
+        for name, (arm, switch) in arms.items()
+    }
+    grid = replace(first, vary={}, arms=settings, learning_rates=(1e-3,))
+    with pytest.raises(MvwanError, match=r"off, then on, learning rate 0\.001, seed 0: checkpoint .* was trained without the groups mod"):
+        check_grid(grid, tmp_path / "out")
+    accepted = replace(grid, accept_trainable_change=True)
+    with pytest.raises(MvwanError, match=r"seed 1: .*seed-1"):
+        check_grid(replace(accepted, seeds=2), tmp_path / "out")
+    checked = check_grid(accepted, tmp_path / "out")
+    started = dict(checked.starts)
+    assert started["off, then on"].startswith(
+        f"from {place.replace('{}', OFF)}: older; modulation: 2 tensors not in the checkpoint, they keep"
+    )
+    assert "newer; modulation: 2 tensors loaded and kept frozen" in started["on, then off"]
+    assert started["on, then on"].endswith("seed-{seed}: exact")
+    assert all(f"parameters trained: {told}" not in checked.describe() and told in checked.describe() for told in started.values())
+
+
 def test_another_grid_in_the_folder_is_refused_with_the_difference(made: tuple[Path, str, str], tmp_path: Path) -> None:
     grid = read_grid(made[0] / "grid.yaml")
     with pytest.raises(MvwanError, match="seeds: 1 before, 2 now"):

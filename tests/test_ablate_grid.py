@@ -53,6 +53,21 @@ def test_arms_of_their_own_stand_beside_factors(tmp_path: Path) -> None:
     assert names[0] == "nothing-more" and len(set(names)) == 3, names
 
 
+def test_a_seed_may_go_on_from_its_own_pretraining(tmp_path: Path) -> None:
+    place = "runs/first/lr-0.001/seed-{seed}/checkpoints/{newest}"
+    grid = Grid(
+        preset="debug",
+        settings={"train": {"from_checkpoint": place}},
+        vary=SWITCH,
+        arms={"stock": {"train": {"from_checkpoint": None}}},
+        seeds=2,
+    )
+    starts = [(run.seed, run.config.train.from_checkpoint) for run in grid.runs(tmp_path)]
+    own = [(seed, place.replace("{seed}", str(seed))) for seed in (0, 1)]
+    assert starts == [own[0], own[0], (0, None), own[1], own[1], (1, None)]
+    assert [grid.start(arm) for arm in grid.all_arms] == [place, place, None]
+
+
 def test_a_grid_comes_back_from_its_file(tmp_path: Path) -> None:
     grid = Grid(
         preset="debug",
@@ -132,5 +147,5 @@ def test_a_rate_that_yaml_takes_for_a_text_is_a_number() -> None:
 @pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs" / "ablation").glob("*.yaml")), ids=lambda path: path.name)
 def test_grids_that_ship_are_grids_and_say_how_they_are_run(path: Path) -> None:
     grid = read_grid(path)
-    assert len(grid.all_arms) > 2 and grid.test_dataset is not None
+    assert grid.seeds >= 3 and grid.test_dataset is not None
     assert f"mvwan ablate --grid configs/ablation/{path.name}" in path.read_text(encoding="utf-8")

@@ -71,6 +71,7 @@ def result() -> AblationResult:
         failed=[("switch=on/lr-0.001/seed-3 <script>", "loss is NaN & more")],
         pictures=[("drawer <script>", PICTURE)],
         controls={"hold": {"successes": 1, "trials": 4, "rate": 0.25, "low": 0.05, "high": 0.7}},
+        starts={"switch=on": "from runs/<first>: exact"},
     )
 
 
@@ -87,7 +88,7 @@ def test_the_page_has_all_sections_and_needs_no_network(result: AblationResult, 
     text = report_html(result)
     assert titles(text) == [
         "In short", "Differences", "By sigma and by frame", "Learning rates", "Learning curves", "Costs", "Controls of the closed loop",
-        "What moved", "Samples, side by side", "Runs that did not finish", "Settings",
+        "What moved", "Samples, side by side", "Runs that did not finish", "What the arms start from", "Settings",
     ]  # fmt: skip
     assert all(f'href="#{name}"' in text for name in re.findall(r'<section id="(\w+)"', text))
     assert page.sources and all(source.startswith(("data:", "#")) for source in page.sources)
@@ -96,7 +97,15 @@ def test_the_page_has_all_sections_and_needs_no_network(result: AblationResult, 
 
 def test_names_are_shown_not_run(page: Page) -> None:
     assert "b" not in page.tags and "i" not in page.tags
-    for text in ("ffn=<b>|off", "seed-3 <script>", "loss is NaN & more", "drawer <script>", "'switch=<off>,on'", "- <i>"):
+    for text in (
+        "from runs/<first>: exact",
+        "ffn=<b>|off",
+        "seed-3 <script>",
+        "loss is NaN & more",
+        "drawer <script>",
+        "'switch=<off>,on'",
+        "- <i>",
+    ):
         assert text in page.text, text
     assert "<b>|off" not in json.dumps([figure["data"] for figure in page.figures]), "Plotly reads tags too"
 
@@ -129,6 +138,7 @@ def test_tables_in_markdown(result: AblationResult) -> None:
     assert re.fullmatch(r"\| switch=off \| 0\.0001 \| 5 \| [\d.]+ \| [\d.]+ \|", main[2])
     assert re.fullmatch(r"\| switch=on \| 0\.0001 \| 5 \| [\d.]+ \(-[\d.]+, -[\d.]+ to -[\d.]+: better\) \| .*: worse\) \|", main[3])
     assert main[4].startswith(r"| ffn=\<b\>\|off |") and main[4].endswith("no difference shown) |")
+    assert "| switch=on | from runs/\\<first\\>: exact |" in text
     assert "### Costs" in text and "Time per step, s" in text
     assert "| switch=on/lr-0.001/seed-3 \\<script\\> | loss is NaN & more |" in text
     assert "(chosen)" in text and "Velocity loss (0.00-0.50)" in text

@@ -278,6 +278,7 @@ def _compare(
         grid=grid.to_dict(),
         version=mvwan.__version__,
         controls=controls,
+        starts=checked.starts,
     )
     table = table_markdown(result)
     if controls:

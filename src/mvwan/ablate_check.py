@@ -12,6 +12,7 @@ from mvwan.ablate_grid import GRID, Grid, Run, differences, read_grid
 from mvwan.ablate_outcomes import measured_windows
 from mvwan.checkpoint import checkpoint_digest
 from mvwan.closed_loop import TrialSettings
+from mvwan.compatibility import Compatibility
 from mvwan.config import Config
 from mvwan.errors import MvwanError
 from mvwan.files import sha256_json
@@ -35,7 +36,7 @@ class Checked:
     tables: Mapping[str, TrainableTable]
     """Arm -> what trains."""
     starts: Mapping[str, str]
-    """Arm -> how the checkpoint fits that it starts from; without arms that start from the base."""
+    """Arm -> which checkpoint it starts from and what the compatibility rules say; without arms that start from the base."""
     windows: Mapping[int, Mapping[str, int]]
     """Seed -> numbers of windows: `train`, `validation` and `test`, the latter two before `grid.windows` limits them."""
     episodes: Mapping[int, Mapping[str, tuple[str, ...]]]
@@ -66,6 +67,15 @@ class Checked:
         return "\n".join(lines)
 
 
+def _in_words(grid: Grid, starts: Mapping[tuple[str, str | None], Compatibility | None]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for arm in grid.all_arms:
+        said = dict.fromkeys("; ".join((fit.outcome, *fit.describe())) for (name, _), fit in starts.items() if name == arm.name and fit)
+        if said:
+            found[arm.name] = f"from {grid.start(arm)}: {' or '.join(said)}"
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Seen:
     """What runs of the same data settings and seed read."""
@@ -79,7 +89,7 @@ class _Seen:
 def check_grid(grid: Grid, output: Path) -> Checked:
     """The grid with what its runs would train and read. Raises the `MvwanError` of the first run that could not start; writes nothing."""
     _check_place(output, grid)
-    runs, tables, starts = grid.runs(output), dict[str, TrainableTable](), dict[str, str]()
+    runs, tables, starts = grid.runs(output), dict[str, TrainableTable](), dict[tuple[str, str | None], Compatibility | None]()
     seen: dict[str, _Seen] = {}
     of_run: dict[Path, _Seen] = {}
     for run in runs:
@@ -87,10 +97,10 @@ def check_grid(grid: Grid, output: Path) -> Checked:
         try:
             if run.arm not in tables:
                 tables[run.arm] = check_groups(config)
-                if (fit := check_start(config, grid.accept_trainable_change)) is not None:
-                    starts[run.arm] = f"from {config.train.from_checkpoint}, {fit.outcome}"
                 if grid.trials:
                     TrialSettings(execute=grid.execute, denoise_steps=grid.denoise_steps).check(config)
+            if (start := (run.arm, config.train.from_checkpoint)) not in starts:
+                starts[start] = check_start(config, grid.accept_trainable_change)
             # What is read of the data depends on these settings alone.
             same = sha256_json([config.to_dict()["data"], run.seed, config.model.views, config.model.action_head, config.model.view_code])
             if same not in seen:
@@ -105,7 +115,7 @@ def check_grid(grid: Grid, output: Path) -> Checked:
         output=output,
         runs=tuple(runs),
         tables=tables,
-        starts=starts,
+        starts=_in_words(grid, starts),
         windows={run.seed: of_run[run.folder].windows for run in runs},
         episodes={run.seed: of_run[run.folder].episodes for run in runs},
         keys={run.folder: _key_of(run, grid, of_run[run.folder].digest) for run in runs},

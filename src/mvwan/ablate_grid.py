@@ -9,6 +9,9 @@
     learning_rates: [0.001, 0.003]      # each arm is trained with all of them
     seeds: 3                            # 0, 1, 2
 
+`{seed}` in `train.from_checkpoint` stands for the seed of the run, which so goes on from a pretraining of its own seed, for example
+from the runs of an earlier grid.
+
 Runs of one seed are paired: the same base, held-out episodes, data order, sigma and noise. So a setting that decides which windows are
 measured, or of which base, is no factor. Knows no result and no process.
 """
@@ -56,6 +59,8 @@ _NO_FACTORS: Mapping[str, str] = {
 _DEFAULTS: Mapping[str, Any] = {"train": {"tracker": "none", "keep_last": 1, "keep_best": False}}
 """Over the preset and under all else: what is measured is the last checkpoint of a run, and its own log is enough."""
 _LONGEST_FOLDER_NAME = 80
+_SEED = "{seed}"
+"""In the place of a checkpoint: the seed of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +182,15 @@ class Grid:
         """The settings of one run; its latents lie in `output`, shared by all, unless `data.cache` names a place. Errors name the arm."""
         owned: dict[str, Any] = {"seed": seed, "train": {"learning_rate": learning_rate}}
         values = self._values(arm.settings, owned)
+        if isinstance(start := self.start(arm), str):
+            values = merge(values, nested("train.from_checkpoint", start.replace(_SEED, str(seed))))
         if output is not None and values.get("data", {}).get("cache") is None:
             values = merge(values, {"data": {"cache": str(output / "latents")}})
         return config_from_dict(values, f"arm {arm.name!r}")
+
+    def start(self, arm: Arm) -> str | None:
+        """The checkpoint that the runs of an arm start from, as written: with `{seed}` where each seed has its own."""
+        return self._values(arm.settings, {"train": {}})["train"].get("from_checkpoint")
 
     def runs(self, output: Path) -> list[Run]:
         """All runs in the order in which they are started: seed by seed, so that a grid that is cut off has whole pairs."""

@@ -25,11 +25,13 @@ _DIFFERENCE_HEAD = (
     "corrected p", "seeds x episodes", "left out",
 )  # fmt: skip
 _DESCRIBED_HEAD = ("outcome", "arm", "mean", "difference", "95 % interval", "seeds x episodes")
+_STARTS_HEAD = ("arm", "checkpoint, and how it fits")
 _STYLE = (
     "<style>#short th, #short td:first-child, #differences th, #differences td { white-space: normal; } "
     "#short td:first-child { min-width: 15em; overflow-wrap: anywhere; } #differences th, #differences td { padding: 7px 6px; } "
     "#differences table { font-size: 0.85rem; } #differences td:first-child { overflow-wrap: anywhere; min-width: 12em; } "
-    "#differences td:nth-child(2) { min-width: 8.5em; } #failed th, #failed td { white-space: normal; text-align: left; }</style>"
+    "#differences td:nth-child(2) { min-width: 8.5em; } #failed th, #failed td, #starts th, #starts td { white-space: "
+    "normal; text-align: left; }</style>"
 )
 """Many columns and long names of arms have no place beside each other otherwise."""
 _MEDIA = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"RIFF", "image/webp"))
@@ -56,6 +58,8 @@ class AblationResult:
     """(title, content or file) of samples to look at: PNG, JPEG, WebP, or MP4."""
     controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Policy -> its `metrics.success_rate` in closed loop, of policies that do not depend on training."""
+    starts: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Arm -> the checkpoint that it starts from and how that fits, of arms that start from one."""
 
 
 def report_html(result: AblationResult) -> str:
@@ -72,6 +76,7 @@ def report_html(result: AblationResult) -> str:
         ("movement", "What moved", _movement(result.movement)),
         ("samples", "Samples, side by side", _samples(result.pictures)),
         ("failed", "Runs that did not finish", _failed(result.failed)),
+        ("starts", "What the arms start from", _starts(result.starts)),
         ("settings", "Settings", _settings(result)),
     )
     lead = (
@@ -98,6 +103,8 @@ def table_markdown(result: AblationResult) -> str:
         parts += ["### Described only", _markdown(_DESCRIBED_HEAD, described)]
     if compared.of_runs:
         parts += ["### Costs", _markdown(*_costs_table(compared))]
+    if result.starts:
+        parts += ["### What the arms start from", _markdown(_STARTS_HEAD, list(result.starts.items()))]
     if result.failed:
         parts += ["### Runs that did not finish", _markdown(("run", "why"), result.failed)]
     return "\n\n".join(parts) + f"\n\nmvwan {result.version}: `{result.command}`\n"
@@ -378,6 +385,10 @@ def _media_type(title: str, data: bytes) -> str:
 
 def _failed(failed: Sequence[tuple[str, str]]) -> str:
     return report_page.table(("run", "why"), failed) if failed else ""
+
+
+def _starts(starts: Mapping[str, str]) -> str:
+    return report_page.table(_STARTS_HEAD, list(starts.items())) if starts else ""
 
 
 def _settings(result: AblationResult) -> str:
