@@ -30,13 +30,13 @@ from mvwan.data.dataset import WindowDataset, episodes_of
 from mvwan.data.transforms import resize
 from mvwan.evaluate import filled, spread
 from mvwan.files import read_json, whole_directory, write_json
+from mvwan.memory import peak_bytes
 from mvwan.metrics import Tally, error_3d_mm
 from mvwan.policies import Demonstrations, Seen
 from mvwan.presets import config_from_preset
 from mvwan.sim.execution import Plan
 from mvwan.sim.metaworld import RESERVED_LAYOUTS, Simulator
 from mvwan.sim.tasks import task_name
-from mvwan.stages import peak_memory_mb
 from mvwan.tensors import TensorFile, write_tensors
 
 app = typer.Typer(cls=Door, help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -72,7 +72,7 @@ def train(
             "parameters": sum(parameter.numel() for parameter in net.parameters()),
             "training_windows": len(training),
             "seconds": round(time.monotonic() - started, 1),
-            "peak_memory_mb": peak_memory_mb(),
+            "peak_memory_mb": peak_bytes() // 2**20,
         }
         write_tensors(folder / "weights.safetensors", net.state_dict())
         write_json(folder / "settings.json", {**trained, **about, "instructions": instructions, "views": views, "config": config.to_dict()})
@@ -164,7 +164,7 @@ def trials(
         typer.echo(f"{name}: {sum(line['success'] for line in lines if line['task'] == name)} of {number}")
     result = {"settings": asdict(settings), "final": final, "trials": number, "policies": ["conv"], "tasks": successes(lines)}
     seconds = round(time.monotonic() - started, 1)
-    write_json(run / "closed_loop.json", {**result, "lines": lines, "seconds": seconds, "peak_memory_mb": peak_memory_mb()})
+    write_json(run / "closed_loop.json", {**result, "lines": lines, "seconds": seconds, "peak_memory_mb": peak_bytes() // 2**20})
 
 
 if __name__ == "__main__":

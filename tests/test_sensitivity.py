@@ -4,7 +4,7 @@ that fits its budget and trains. On the two-block base of the golden files."""
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from mvwan import cli, flow, sensitivity, sensitivity_probes
 from mvwan.batch import Batch
-from mvwan.config import Config, GroupConfig, config_from_dict, merge, read_yaml
+from mvwan.config import Config, GroupConfig, TrainConfig, config_from_dict, merge, read_yaml
 from mvwan.errors import MvwanError
 from mvwan.files import write_file
 from mvwan.model.trainable import parameters_by_name
@@ -342,7 +342,10 @@ def test_a_list_becomes_settings_that_train_it_and_nothing_else(config: Config) 
 def test_budgets(config: Config) -> None:
     assert budget_of(config, None, None).parameters == trained_by(config)[1]
     assert budget_of(config, 5, None).parameters == 5
-    assert budget_of(config, None, 1.0).parameters == 1_000_000 // BYTES_PER_PARAMETER
+    assert budget_of(config, None, 1.0).parameters == 1_000_000 // 16
+    factored = replace(config, train=replace(config.train, optimizer="adafactor"))
+    assert budget_of(factored, None, 1.0).parameters == 1_000_000 // 8, "no moment of every parameter"
+    assert BYTES_PER_PARAMETER.keys() == set(get_args(get_type_hints(TrainConfig)["optimizer"]))
     with pytest.raises(MvwanError, match="give one of them"):
         budget_of(config, 5, 1.0)
 

@@ -25,7 +25,7 @@ from typing import Any, Literal
 from mvwan.config import Config
 from mvwan.errors import MvwanError, PreemptedError
 from mvwan.files import read_json, write_json
-from mvwan.memory import memory_bytes
+from mvwan.memory import peak_bytes
 
 Kind = Literal["encode", "train", "predict"]
 _PATIENCE_S = 120
@@ -241,7 +241,7 @@ def _peak_memory_mb() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return memory_bytes("VmHWM") / 2**20
+    return peak_bytes() / 2**20
 
 
 def _work(job: Job, threads: int) -> None:

@@ -5,7 +5,6 @@ Says no more than the comparison's verdicts do. Knows no run folder and trains n
 
 import html
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from mvwan.ablate_rates import Choice
 from mvwan.ablate_statistics import LEVEL, Comparison, Difference
 from mvwan.errors import MvwanError
 from mvwan.files import read_bytes
+from mvwan.markdown import escaped, markdown_table
 from mvwan.metrics import rate_in_words
 from mvwan.report_page import Section
 
@@ -91,13 +91,13 @@ def table_markdown(result: AblationResult) -> str:
     """The same in tables: verdicts, all numbers behind them, learning rates, and what else was measured."""
     compared = result.comparison
     lines = [*verdict_sentences(compared), *warnings(result)]
-    parts = ["## Arms compared", "\n".join(f"- {_plain(line)}" for line in lines), _markdown(*_main_table(compared, _mean_and_difference))]
+    parts = ["## Arms compared", "\n".join(f"- {escaped(line)}" for line in lines), _markdown(*_main_table(compared, _mean_and_difference))]
     behind = f"Behind a mean: difference from {compared.reference}, its 95 % interval and the verdict."
-    parts.append(_plain(f"{behind} {_how_decided(compared)}"))
+    parts.append(escaped(f"{behind} {_how_decided(compared)}"))
     for name in compared.primary if compared.others else ():
-        parts += [f"### {_plain(compared.label(name))}", _markdown(_DIFFERENCE_HEAD, _difference_rows(compared, name))]
+        parts += [f"### {escaped(compared.label(name))}", _markdown(_DIFFERENCE_HEAD, _difference_rows(compared, name))]
     if notes := _notes(compared):
-        parts.append("\n".join(f"- {_plain(note)}" for note in notes))
+        parts.append("\n".join(f"- {escaped(note)}" for note in notes))
     parts += ["### Learning rates, on validation data", _markdown(*_rates_table(compared))]
     if described := _described_rows(compared):
         parts += ["### Described only", _markdown(_DESCRIBED_HEAD, described)]
@@ -404,14 +404,7 @@ def _settings(result: AblationResult) -> str:
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    plain = [[_plain(cell) for cell in line] for line in (head, *rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (plain[0], rule, *plain[1:]))
-
-
-def _plain(text: str) -> str:
-    """`text` on one line, with the signs that Markdown would act upon escaped."""
-    return re.sub(r"([\\|*<>`\[])", r"\\\1", " ".join(text.split()))
+    return markdown_table([*map(escaped, head)], ([*map(escaped, line)] for line in rows))
 
 
 def _label(compared: Comparison, name: str) -> str:

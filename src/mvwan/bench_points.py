@@ -7,7 +7,6 @@ A process has one largest size in its life, so each point gets one. Knows no tab
 
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import Any, Literal
 from mvwan.bench_networks import Sizes, training_step
 from mvwan.config import Config, config_from_dict
 from mvwan.errors import MvwanError
-from mvwan.memory import memory_bytes
+from mvwan.memory import peak_bytes
 from mvwan.training_module import HeatmapWanTrainingModule
 
 Axis = Literal["views", "latent frames", "picture side, px", "batch", "LoRA rank"]
@@ -116,19 +115,12 @@ def main() -> None:
     point = json.load(sys.stdin)
     config, sizes = config_from_dict(point["config"], "bench"), Sizes(**point["sizes"])
     module = HeatmapWanTrainingModule(config=config, print_banners=False)
-    built_mb, step, seconds = _largest_mb(), training_step(module, sizes, config.seed), []
+    built_mb, step, seconds = peak_bytes() / 2**20, training_step(module, sizes, config.seed), []
     for number in range(_STEPS):
         start = time.perf_counter()
         step(number)
         seconds.append(time.perf_counter() - start)
-    print(json.dumps({"seconds": seconds[1:], "built_mb": built_mb, "peak_mb": _largest_mb()}))
-
-
-def _largest_mb() -> float:
-    """Of this program: what the kernel calls the process's largest size includes, after a fork, that of its parent."""
-    if sys.platform != "darwin":
-        return memory_bytes("VmHWM") / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
+    print(json.dumps({"seconds": seconds[1:], "built_mb": built_mb, "peak_mb": peak_bytes() / 2**20}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """A `BenchReport` for people: tables for the terminal and as Markdown, and a picture of how time and memory grow."""
 
 import importlib.util
-from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Group
@@ -12,6 +11,7 @@ from mvwan.bench import BenchReport, Row
 from mvwan.bench_points import Growth
 from mvwan.errors import MvwanError
 from mvwan.files import whole_file
+from mvwan.markdown import markdown_table
 
 _HEADS = ("what", "median", "fastest", "slowest", "ratio", "to", "")
 _GROWTH_HEADS = ("axis", "at", "seconds per step", "fit, s", "seconds grow as", "peak memory, MB", "fit, MB")
@@ -41,17 +41,12 @@ def markdown(report: BenchReport, picture: str | None = None) -> str:
     """The same as Markdown; `picture` is linked where growth is shown."""
     lines = [heading(report), ""]
     for table in report.tables:
-        lines += [f"### {table.title}", "", *_table(_HEADS, map(cells, table.rows), right=range(1, 5)), ""]
+        lines += [f"### {table.title}", "", markdown_table(_HEADS, map(cells, table.rows), left=(0, 5, 6)), ""]
     if report.growth:
-        lines += ["### Growth of a training step", "", *_table(_GROWTH_HEADS, map(growth_cells, report.growth), right=()), ""]
+        rows = map(growth_cells, report.growth)
+        lines += ["### Growth of a training step", "", markdown_table(_GROWTH_HEADS, rows, left=range(len(_GROWTH_HEADS))), ""]
         lines += [f"![Seconds and memory of a training step along five axes]({picture})", ""] if picture else []
     return "\n".join(lines)
-
-
-def _table(heads: Iterable[str], rows: Iterable[list[str]], right: Iterable[int]) -> list[str]:
-    heads, right = list(heads), set(right)
-    rules = ["---:" if place in right else "---" for place in range(len(heads))]
-    return [f"| {' | '.join(line)} |" for line in (heads, rules, *rows)]
 
 
 def heading(report: BenchReport) -> str:

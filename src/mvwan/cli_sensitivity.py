@@ -30,7 +30,9 @@ def sensitivity(
     budget_mb: Annotated[
         float | None,
         typer.Option(
-            "--budget-mb", help="The same in MB of memory: value, gradient and two moments per parameter, 16 bytes.", show_default=False
+            "--budget-mb",
+            help="The same in MB of memory: value, gradient and AdamW's two moments per parameter, 16 bytes; with adafactor 8.",
+            show_default=False,
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print groups, counts and steps; measure nothing.")] = False,

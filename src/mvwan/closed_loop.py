@@ -32,13 +32,13 @@ from mvwan.config import Config, config_from_dict
 from mvwan.errors import MvwanError
 from mvwan.evaluation_table import CLOSED_LOOP_FORMAT
 from mvwan.files import json_line, read_json_lines, sha256_json, write_file, write_json
+from mvwan.memory import peak_bytes
 from mvwan.metrics import rate_in_words, success_rate
 from mvwan.policies import POLICIES, Demonstrations, ExpertWaypoints, Hold, Policy, PolicyName, Predicted, Replay, Seen
 from mvwan.sample import LoadedRun, load_run
 from mvwan.sim.execution import Arm, Plan
 from mvwan.sim.metaworld import CONTROL_STEPS_PER_SECOND, RESERVED_LAYOUTS, Simulator
 from mvwan.sim.tasks import WIDENED, task_name
-from mvwan.stages import peak_memory_mb
 
 FIRST_TUNING_LAYOUT = 800_000
 _FILM_EVERY = 4
@@ -131,7 +131,7 @@ def evaluate_closed_loop(
             if trial.film is not None
         ],
         "seconds": round(time.monotonic() - started, 1),
-        "peak_memory_mb": peak_memory_mb(),
+        "peak_memory_mb": peak_bytes(children=True) // 2**20,
     }
     write_json(run_folder / "closed_loop.json", result)
     return result

@@ -1,11 +1,23 @@
 """What this process holds of main memory, as Linux counts it. Knows nothing else."""
 
+import resource
 from pathlib import Path
-from typing import Literal
 
 
-def memory_bytes(what: Literal["VmRSS", "VmHWM"]) -> int:
-    """`VmRSS`: resident now; `VmHWM`: the most that ever was. Of this program alone: the largest size that `getrusage` gives includes,
-    after a fork, that of the parent."""
+def resident_bytes() -> int:
+    """What this program holds now."""
+    return _counted("VmRSS")
+
+
+def peak_bytes(*, children: bool = False) -> int:
+    """The most that this program ever held; with `children`, or a finished process that it started, whichever held more.
+
+    Of this program alone: the largest size that `getrusage` gives for the process itself includes, after a fork, that of the parent.
+    """
+    of_children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return max(_counted("VmHWM"), of_children) if children else _counted("VmHWM")
+
+
+def _counted(what: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{what}:"))

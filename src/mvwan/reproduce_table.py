@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mvwan.markdown import markdown_table
 from mvwan.metrics import rate_in_words
 
 _SETTINGS = (
@@ -75,7 +76,7 @@ def _rates(rates: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> str:
         ]
         for task in (*tasks, "all")
     ]
-    return _table(["task", *rates], rows)
+    return markdown_table(["task", *rates], rows)
 
 
 def _settings(result: Mapping[str, Any]) -> str:
@@ -88,7 +89,7 @@ def _settings(result: Mapping[str, Any]) -> str:
     trial = result["trial_settings"]
     rows += [[name.replace("_", " "), str(trial[name])] for name in ("execute", "denoise_steps", "control_steps")]
     rows += [["mvwan", result["version"]]]
-    return _table(["setting", "value"], rows, numbers=False)
+    return markdown_table(["setting", "value"], rows, left=(0, 1))
 
 
 def _cost(stages: Mapping[str, Mapping[str, Any]]) -> str:
@@ -103,7 +104,7 @@ def _cost(stages: Mapping[str, Mapping[str, Any]]) -> str:
         total_s += seconds
     rows.append(["**all**", _clock(total_s)])
     peak = max((cost["peak_memory_mb"] for cost in stages.values()), default=0)
-    return f"{_table(['stage', 'wall time'], rows)}\n\nThe largest process held {peak:,} MB."
+    return f"{markdown_table(['stage', 'wall time'], rows)}\n\nThe largest process held {peak:,} MB."
 
 
 def _clock(seconds: float) -> str:
@@ -111,9 +112,3 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
-    """A Markdown table; all columns but the first are `numbers`, which stand right."""
-    rule = ["---", *(["---:" if numbers else "---"] * (len(columns) - 1))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rule, *rows))

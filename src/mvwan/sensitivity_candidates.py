@@ -17,8 +17,8 @@ from mvwan.model.trainable import ACTION_GROUP, CAMERA_GROUP, GROUPS, SWITCH_GRO
 from mvwan.model.trainable_table import Mode
 from mvwan.training_module import HeatmapWanTrainingModule
 
-BYTES_PER_PARAMETER = 16
-"""What training a parameter takes: its float32 value, its gradient, and AdamW's two moments."""
+BYTES_PER_PARAMETER = {"adamw": 16, "adafactor": 8}
+"""By `train.optimizer`: a float32 value and its gradient, and AdamW's two moments; Adafactor's few are not counted."""
 PROJECTOR = "projector"
 """Starts at zero, and lets nothing through to view attention before it has moved."""
 _LORA_GROUPS = ("lora", "lora_mvs")
@@ -186,8 +186,9 @@ def budget_of(config: Config, parameters: int | None, megabytes: float | None) -
     if parameters is not None and megabytes is not None:
         raise MvwanError(f"--budget {parameters} and --budget-mb {megabytes:g}: give one of them")
     if megabytes is not None:
-        parameters = int(megabytes * 1e6 / BYTES_PER_PARAMETER)
-        return Budget(parameters=parameters, given=f"{megabytes:g} MB at {BYTES_PER_PARAMETER} bytes per trained parameter")
+        size, optimizer = BYTES_PER_PARAMETER[config.train.optimizer], config.train.optimizer
+        given = f"{megabytes:g} MB at {size} bytes per parameter that {optimizer} trains"
+        return Budget(parameters=int(megabytes * 1e6 / size), given=given)
     if parameters is not None:
         return Budget(parameters=parameters, given="as given")
     return Budget(parameters=trained_by(config)[1], given="what the given settings train")

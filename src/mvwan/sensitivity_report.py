@@ -15,6 +15,7 @@ from rich.text import Text
 
 from mvwan import __version__, report_page
 from mvwan.files import write_file
+from mvwan.markdown import markdown_table
 from mvwan.report_page import Section
 
 _Result = Mapping[str, Any]
@@ -49,13 +50,8 @@ def _rich(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Ta
 
 def markdown(result: _Result) -> str:
     """The same as Markdown."""
-    lines = [*_markdown(_HEADS, _cells(result)), "", *_markdown(_SET_HEADS, _set_cells(result)), ""]
+    lines = [markdown_table(_HEADS, _cells(result)), "", markdown_table(_SET_HEADS, _set_cells(result)), ""]
     return "\n".join([*lines, *(f"- {sentence}" for sentence in sentences(result))]) + "\n"
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---" if place == 0 else "---:" for place in range(len(heads))]
-    return [f"| {' | '.join(line)} |" for line in (heads, rule, *rows)]
 
 
 def _cells(result: _Result) -> list[list[str]]:

@@ -4,7 +4,6 @@ Each stage leaves its mark in `stages.json` with a key of the settings it was ma
 settings and those of the stages it stands on stay the same. Knows nothing of what a stage does.
 """
 
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +15,7 @@ from rich.console import Console
 import mvwan
 from mvwan.errors import MvwanError
 from mvwan.files import read_json, sha256_json, write_json
+from mvwan.memory import peak_bytes
 
 MARK = "stages.json"
 
@@ -83,7 +83,7 @@ class Stages:
         start = time.monotonic()
         work()
         seconds = round(time.monotonic() - start, 1)
-        self.costs[name] = {"seconds": seconds, "attempts": attempts, "peak_memory_mb": peak_memory_mb()}
+        self.costs[name] = {"seconds": seconds, "attempts": attempts, "peak_memory_mb": peak_bytes(children=True) // 2**20}
         self._remember(name, {"key": key, "is_finished": True, **self.costs[name]})
         self._console.print(f"[dim]{seconds:.1f} s")
 
@@ -112,8 +112,3 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def peak_memory_mb() -> int:
-    """Of the largest process so far, this one or a finished child."""
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) // 1024

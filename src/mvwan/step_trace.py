@@ -25,7 +25,7 @@ from mvwan import flow
 from mvwan.batch import Batch
 from mvwan.config import Config, config_from_dict
 from mvwan.errors import MvwanError
-from mvwan.memory import memory_bytes
+from mvwan.memory import peak_bytes, resident_bytes
 from mvwan.model.quantized import is_quantizable, stored_bytes
 from mvwan.model.surgery import share_copies
 from mvwan.model.trainable import parameters_by_name, stock_name
@@ -317,7 +317,7 @@ def _run(config: Config) -> Measurement:
     # What torch and Python take for themselves at a first product and for a module's objects counts as the start.
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     HeatmapWanTrainingModule(config=config, device="meta", print_banners=False)
-    start = memory_bytes("VmRSS")
+    start = resident_bytes()
     module = HeatmapWanTrainingModule(config=config, print_banners=False)
     module.quantize_frozen()
     share_copies(module.model)
@@ -333,7 +333,7 @@ def _run(config: Config) -> Measurement:
 
     step()
     step()  # the first has no moments yet
-    peak = memory_bytes("VmHWM")
+    peak = peak_bytes()
     _give_back_from(_LARGE_BYTES)
     seconds = [step() for _ in range(_TIMED_STEPS)]
     return Measurement(

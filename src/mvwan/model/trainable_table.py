@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from mvwan.markdown import markdown_table
+
 Mode = Literal["frozen", "full", "lora"]
 _Cells = Sequence[Sequence[str]]
 
@@ -265,9 +267,8 @@ def _rich(title: str, header: Sequence[str], cells: _Cells, totals: _Cells, brig
 
 
 def _markdown(header: Sequence[str], cells: _Cells, totals: _Cells) -> str:
-    rule = ["---" if _is_text_column(column) else "---:" for column in header]
     bold = [[f"**{cell}**" if cell else "" for cell in line] for line in totals]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *cells, *bold))
+    return markdown_table(header, [*cells, *bold], left=[place for place, column in enumerate(header) if _is_text_column(column)])
 
 
 def modulation_banner(table: TrainableTable) -> str:
