@@ -29,11 +29,11 @@ import mvwan
 from mvwan import pictures
 from mvwan.ablate_check import Checked, rgb_weight
 from mvwan.ablate_cluster import Cluster, check_cluster, run_on_cluster
-from mvwan.ablate_grid import GRID, Run
+from mvwan.ablate_grid import GRID, Grid, Run
 from mvwan.ablate_jobs import Failure, Job, only_worker, run_jobs
 from mvwan.ablate_rates import choose
 from mvwan.ablate_report import AblationResult, report_html, table_markdown
-from mvwan.ablate_statistics import Measurement, Outcome, compare
+from mvwan.ablate_statistics import Comparison, Measurement, Outcome, compare
 from mvwan.errors import MvwanError
 from mvwan.evaluate import load_prediction
 from mvwan.files import read_json, read_json_lines, sha256_json, whole_file, write_file, write_json
@@ -262,10 +262,7 @@ def _compare(
         for row in _rows_of(path)
     ]
     _write_parquet(output / RESULTS, measurements)
-    judged = _outcomes_of(measurements)
-    arms, swept = [arm.name for arm in grid.all_arms], grid.rates
-    stable = {name: outcome for name, outcome in judged.items() if name not in COSTS}
-    comparison = compare(measurements, arms, grid.reference, stable, SELECT_BY, swept=swept)
+    comparison = comparison_of(grid, measurements)
     best = [run for run in checked.runs if run.folder in done and run.learning_rate == chosen.get(run.arm)]
     controls = _controls(predicted)
     result = AblationResult(
@@ -286,9 +283,15 @@ def _compare(
         table += f"\nControls of the closed loop, which do not depend on training: {told}.\n"
     write_file(output / TABLE, table)
     write_json(output / COMPARISON, comparison.to_json())
-    with_costs = compare(measurements, arms, grid.reference, judged, SELECT_BY, swept=swept)
-    write_file(output / REPORT, report_html(replace(result, comparison=with_costs)))
+    write_file(output / REPORT, report_html(replace(result, comparison=comparison_of(grid, measurements, with_costs=True))))
     return Ablation(table=table, report=output / REPORT, failures=tuple(failures))
+
+
+def comparison_of(grid: Grid, measurements: Sequence[Measurement], *, with_costs: bool = False) -> Comparison:
+    """The arms of a grid compared by rows of its `results.parquet`; costs, which are those of a day, only where asked for."""
+    outcomes = {name: outcome for name, outcome in _outcomes_of(measurements).items() if with_costs or name not in COSTS}
+    arms = [arm.name for arm in grid.all_arms]
+    return compare(measurements, arms, grid.reference, outcomes, SELECT_BY, swept=grid.rates)
 
 
 def _outcomes_of(measurements: Iterable[Measurement]) -> dict[str, Outcome]:
