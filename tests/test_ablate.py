@@ -95,7 +95,7 @@ def test_a_grid_runs_to_a_table_and_a_report(made: tuple[Path, str, str]) -> Non
     assert "no difference shown at n = 1" in table and "Heatmap peak error" in table
     assert "Time per step" not in table, "costs differ from day to day"
     page = (output / "report.html").read_text()
-    assert "Time per step" in page and "data:image/png" in page
+    assert "Time per step" in page and "data:image/webp" in page
     assert errors.count("train and measure: ") == 4 and errors.count("predict: ") == 2, "predictions are those of the best rates alone"
     assert read_grid(output / "grid.yaml").seeds == 1
     assert not list(output.rglob(".*.partial"))

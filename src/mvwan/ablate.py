@@ -329,7 +329,7 @@ def _mean_movement(runs: Iterable[Run]) -> list[dict[str, Any]]:
 
 
 def _pictures(runs: Iterable[Run]) -> list[tuple[str, bytes]]:
-    """(title, PNG) of one test window: the truth, then what every arm predicts with the first seed that has one, RGB and heatmap."""
+    """(title, WebP) of one test window: the truth, then what every arm predicts with the first seed that has one, RGB and heatmap."""
     stored: dict[str, dict[str, Any]] = {}
     seed = None
     for run in runs:
@@ -346,7 +346,7 @@ def _pictures(runs: Iterable[Run]) -> list[tuple[str, bytes]]:
     return [
         (
             f"{window}, camera {camera}, {stream}; rows from the top: {names}",
-            pictures.png(pictures.grid(np.stack([videos[place][view][columns] for videos in of_all.values()]))),
+            pictures.webp(pictures.grid(np.stack([videos[place][view][columns] for videos in of_all.values()]))),
         )
         for view, camera in enumerate(first["views"])
         for place, stream in enumerate(("RGB", "heatmap"))
