@@ -263,7 +263,8 @@ def _compare(
     ]
     _write_parquet(output / RESULTS, measurements)
     comparison = comparison_of(grid, measurements)
-    best = [run for run in checked.runs if run.folder in done and run.learning_rate == chosen.get(run.arm)]
+    at_best = [run for run in checked.runs if run.folder in done and run.learning_rate == chosen.get(run.arm)]
+    best = [run for arm in grid.all_arms for run in at_best if run.arm == arm.name]
     controls = _controls(predicted)
     result = AblationResult(
         comparison=comparison,
