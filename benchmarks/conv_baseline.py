@@ -164,7 +164,9 @@ def trials(
         typer.echo(f"{name}: {sum(line['success'] for line in lines if line['task'] == name)} of {number}")
     result = {"settings": asdict(settings), "final": final, "trials": number, "policies": ["conv"], "tasks": successes(lines)}
     seconds = round(time.monotonic() - started, 1)
-    write_json(run / "closed_loop.json", {**result, "lines": lines, "seconds": seconds, "peak_memory_mb": peak_bytes(children=True) // 2**20})
+    write_json(
+        run / "closed_loop.json", {**result, "lines": lines, "seconds": seconds, "peak_memory_mb": peak_bytes(children=True) // 2**20}
+    )
 
 
 if __name__ == "__main__":
