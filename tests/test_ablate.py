@@ -22,11 +22,11 @@ from typer.testing import CliRunner
 
 from mvwan import ablate, cli, flow
 from mvwan.ablate import run_ablation
-from mvwan.ablate_check import check_grid
-from mvwan.ablate_cluster import run_on_cluster
-from mvwan.ablate_grid import Grid, read_grid
-from mvwan.ablate_jobs import Failure, only_worker
-from mvwan.ablate_outcomes import measured_windows, open_cache
+from mvwan.ablation.check import check_grid
+from mvwan.ablation.cluster import run_on_cluster
+from mvwan.ablation.grid import Grid, read_grid
+from mvwan.ablation.jobs import Failure, only_worker
+from mvwan.ablation.outcomes import measured_windows, open_cache
 from mvwan.checkpoint import TRAINED, find_checkpoint
 from mvwan.config import Config
 from mvwan.data.dataset import WindowDataset, read_episodes

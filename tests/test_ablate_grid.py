@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mvwan.ablate_grid import Grid, differences, grid_from_dict, parse_factors, read_grid
+from mvwan.ablation.grid import Grid, differences, grid_from_dict, parse_factors, read_grid
 from mvwan.cli_settings import parse_rates
 from mvwan.errors import MvwanError
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mvwan.ablate_intervals import bootstrap_interval, effect_size, holm, paired, t_quantile
+from mvwan.ablation.intervals import bootstrap_interval, effect_size, holm, paired, t_quantile
 
 
 def test_students_t_is_two_sided_as_in_printed_tables() -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mvwan import ablate_figures, pictures
-from mvwan.ablate_report import AblationResult, report_html, table_markdown, verdict_sentences
-from mvwan.ablate_statistics import Comparison, Measurement, Outcome, compare
+from mvwan import pictures
+from mvwan.ablation import figures
+from mvwan.ablation.report import AblationResult, report_html, table_markdown, verdict_sentences
+from mvwan.ablation.statistics import Comparison, Measurement, Outcome, compare
 from mvwan.errors import MvwanError
 from tests.test_report import Page
 
@@ -162,16 +163,16 @@ def test_one_seed_is_said_everywhere() -> None:
 
 def test_figures_hold_the_numbers(result: AblationResult) -> None:
     found = result.comparison
-    forest = {trace["name"]: trace for trace in ablate_figures.forest(found, "loss")["data"]}
+    forest = {trace["name"]: trace for trace in figures.forest(found, "loss")["data"]}
     on, ffn = (found.difference(arm, "loss") for arm in ARMS[1:])
     assert on is not None and ffn is not None
     assert forest["95 %"]["x"] == [on.low, on.high, None, ffn.low, ffn.high, None]
     assert forest["95 %, bootstrap"]["x"][:2] == [on.bootstrap_low, on.bootstrap_high]
     assert forest["mean difference"]["marker"]["color"] == ["var:on", "var:ink"], "better, and nothing shown"
-    first = ablate_figures.rates(found)["data"][0]
+    first = figures.rates(found)["data"][0]
     assert first["x"] == [1e-5, 1e-4, 1e-3] and first["marker"]["symbol"] == ["circle", "circle-open", "circle"]
-    assert ablate_figures.banded(found) == {"loss": ["loss@0.00-0.50", "loss@0.50-1.00"]}
-    means, differences = ablate_figures.by_band(found, "loss", ["loss@0.00-0.50", "loss@0.50-1.00"])
+    assert figures.banded(found) == {"loss": ["loss@0.00-0.50", "loss@0.50-1.00"]}
+    means, differences = figures.by_band(found, "loss", ["loss@0.00-0.50", "loss@0.50-1.00"])
     mean, band = found.mean("switch=on", "loss@0.00-0.50"), found.difference("switch=on", "loss@0.00-0.50")
     assert mean is not None and band is not None and band.high is not None and band.mean is not None
     assert means["data"][1]["y"][0] == mean.mean and differences["data"][0]["y"][0] == band.mean
@@ -179,29 +180,29 @@ def test_figures_hold_the_numbers(result: AblationResult) -> None:
 
 
 def test_curves_are_of_the_chosen_rate_and_mean_over_seeds(result: AblationResult) -> None:
-    figure = ablate_figures.learning_curves(result.comparison, CURVES, "heat_loss", "Heat")
+    figure = figures.learning_curves(result.comparison, CURVES, "heat_loss", "Heat")
     assert figure is not None
     assert len(figure["data"]) == 3 * (2 + 1), "two seeds and their mean, for every arm"
     assert figure["data"][2]["x"] == [10, 20] and figure["data"][2]["y"] == pytest.approx([0.6, 0.55])
-    assert ablate_figures.learning_curves(result.comparison, CURVES, "rgb_loss", "RGB") is None
+    assert figures.learning_curves(result.comparison, CURVES, "rgb_loss", "RGB") is None
     long = [CURVES[0] | {"step": step, "heat_loss": float(step % 2)} for step in range(1, 2001)]
-    figure = ablate_figures.learning_curves(result.comparison, long, "heat_loss", "Heat")
+    figure = figures.learning_curves(result.comparison, long, "heat_loss", "Heat")
     assert figure is not None
     mean = figure["data"][1]
     assert mean["x"][-1] == 2000 and len(mean["x"]) <= 400 and mean["y"][-1] == pytest.approx(0.5)
 
 
 def test_movement_is_a_cell_per_group_and_block() -> None:
-    (heatmap,) = ablate_figures.movement(MOVEMENT)["switch=on"]["data"]
+    (heatmap,) = figures.movement(MOVEMENT)["switch=on"]["data"]
     assert (heatmap["x"], heatmap["y"]) == (["0", "10", "none"], ["lora", "heads"])
     assert heatmap["z"][0] == [pytest.approx(math.log10(2e-3)), pytest.approx(-2), None]
     assert heatmap["z"][1] == [None, None, pytest.approx(-4)]
-    assert ablate_figures.movement([]) == {}
+    assert figures.movement([]) == {}
 
 
 def test_every_colour_is_in_the_style(page: Page) -> None:
     style = (resources.files("mvwan") / "assets" / "report.css").read_text()
-    used = set(re.findall(r"var:([\w-]+)", json.dumps(page.figures))) | set(ablate_figures.PALETTE)
+    used = set(re.findall(r"var:([\w-]+)", json.dumps(page.figures))) | set(figures.PALETTE)
     assert {"truth", "ink", "wash"} < used
     assert all(style.count(f"--{name}:") == 2 for name in used), "once for light, once for dark"
 

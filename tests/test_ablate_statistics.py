@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mvwan.ablate_statistics import Comparison, Measurement, Outcome, compare
+from mvwan.ablation.statistics import Comparison, Measurement, Outcome, compare
 from mvwan.errors import MvwanError
 
 OUTCOMES = {"loss": Outcome(primary=True), "psnr": Outcome(better="higher", unit="dB", primary=True), "seconds": Outcome(unit="s")}

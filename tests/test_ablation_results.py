@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mvwan.ablate import COMPARISON, RESULTS, TABLE, comparison_of
-from mvwan.ablate_grid import GRID, read_grid
-from mvwan.ablate_report import AblationResult, table_markdown
-from mvwan.ablate_statistics import Measurement
+from mvwan.ablation.grid import GRID, read_grid
+from mvwan.ablation.report import AblationResult, table_markdown
+from mvwan.ablation.statistics import Measurement
 from mvwan.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -27,17 +27,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import mvwan
 from mvwan import pictures
-from mvwan.ablate_check import Checked, rgb_weight
-from mvwan.ablate_cluster import Cluster, check_cluster, run_on_cluster
-from mvwan.ablate_grid import GRID, Grid, Run
-from mvwan.ablate_jobs import Failure, Job, only_worker, run_jobs
-from mvwan.ablate_rates import choose
-from mvwan.ablate_report import AblationResult, report_html, table_markdown
-from mvwan.ablate_statistics import Comparison, Measurement, Outcome, compare
+from mvwan.ablation.check import Checked, rgb_weight
+from mvwan.ablation.cluster import Cluster, check_cluster, run_on_cluster
+from mvwan.ablation.grid import GRID, Grid, Run
+from mvwan.ablation.jobs import Failure, Job, only_worker, run_jobs
+from mvwan.ablation.rates import choose
+from mvwan.ablation.report import AblationResult, report_html, table_markdown
+from mvwan.ablation.statistics import Comparison, Measurement, Outcome, compare
 from mvwan.errors import MvwanError
 from mvwan.evaluate import load_prediction
 from mvwan.files import read_json, read_json_lines, sha256_json, whole_file, write_file, write_json
-from mvwan.metrics import rate_in_words
 from mvwan.model.latents import codec_digest
 
 TABLE, COMPARISON, REPORT, RESULTS = "table.md", "comparison.json", "report.html", "results.parquet"
@@ -265,7 +264,6 @@ def _compare(
     comparison = comparison_of(grid, measurements)
     at_best = [run for run in checked.runs if run.folder in done and run.learning_rate == chosen.get(run.arm)]
     best = [run for arm in grid.all_arms for run in at_best if run.arm == arm.name]
-    controls = _controls(predicted)
     result = AblationResult(
         comparison=comparison,
         curves=[line for run in checked.runs if run.folder in done for line in _curve(run)],
@@ -275,13 +273,10 @@ def _compare(
         command=f"mvwan ablate --grid {GRID} --output again",
         grid=grid.to_dict(),
         version=mvwan.__version__,
-        controls=controls,
+        controls=_controls(predicted),
         starts=checked.starts,
     )
     table = table_markdown(result)
-    if controls:
-        told = ", ".join(f"{policy.replace('_', ' ')} {rate_in_words(rate)}" for policy, rate in controls.items())
-        table += f"\nControls of the closed loop, which do not depend on training: {told}.\n"
     write_file(output / TABLE, table)
     write_json(output / COMPARISON, comparison.to_json())
     write_file(output / REPORT, report_html(replace(result, comparison=comparison_of(grid, measurements, with_costs=True))))

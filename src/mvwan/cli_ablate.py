@@ -115,8 +115,8 @@ def ablate(
     if cluster_option and cluster is None:
         raise MvwanError("--cluster-option belongs to --cluster: give that as well")
     from mvwan.ablate import run_ablation
-    from mvwan.ablate_check import check_grid
-    from mvwan.ablate_grid import grid_from_dict, parse_factors, read_grid
+    from mvwan.ablation.check import check_grid
+    from mvwan.ablation.grid import grid_from_dict, parse_factors, read_grid
 
     given: dict[str, Any] = {
         "preset": preset,

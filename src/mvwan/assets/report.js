@@ -45,6 +45,7 @@
     if (window.matchMedia("(prefers-reduced-motion: reduce)").matches) video.pause();
   }
 
+  window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((details) => (details.open = true)));
   document.querySelector(".theme").addEventListener("click", () => show(root.dataset.theme === "dark" ? "light" : "dark"));
   system.addEventListener("change", (event) => show(event.matches ? "dark" : "light"));
   show(system.matches ? "dark" : "light");

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mvwan.ablate_jobs import Failure, Job, do, sigterm_raises
+from mvwan.ablation.jobs import Failure, Job, do, sigterm_raises
 from mvwan.errors import MvwanError
 
 Cluster = Literal["slurm", "local"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mvwan
-from mvwan.ablate_grid import GRID, Grid, Run, differences, read_grid
-from mvwan.ablate_outcomes import measured_windows
+from mvwan.ablation.grid import GRID, Grid, Run, differences, read_grid
+from mvwan.ablation.outcomes import measured_windows
 from mvwan.checkpoint import checkpoint_digest
 from mvwan.closed_loop import TrialSettings
 from mvwan.compatibility import Compatibility

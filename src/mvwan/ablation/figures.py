@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mvwan.ablate_statistics import Comparison
+from mvwan.ablation.statistics import Comparison
 from mvwan.report_figures import Figure, smoothed
 
 PALETTE = ("hold", "on", "off", "truth", "nearest", "codec", "velocity")

@@ -105,7 +105,7 @@ def run_jobs(jobs: Sequence[Job], processes: int, said: Callable[[Job, str, Fail
 def _start(job: Job, threads: int) -> BaseProcess:
     """The job's process: a fork of one that has imported everything and computed nothing, which takes a second, not ten."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mvwan.ablate_outcomes", "mvwan.train", "transformers.models.umt5.modeling_umt5"])
+    context.set_forkserver_preload(["mvwan.ablation.outcomes", "mvwan.train", "transformers.models.umt5.modeling_umt5"])
     job.folder.mkdir(parents=True, exist_ok=True)
     process = context.Process(target=_work, args=(job, threads), name=job.name)
     process.start()
@@ -181,7 +181,7 @@ def perform(job: Job) -> dict[str, Any]:
     trained run predicts and does. Options: `test_dataset`, `windows`; of `train` also `rgb_weight`, `accept_trainable_change`; of
     `predict` also `denoise_steps`, `trials`, `tasks`, `execute`, `with_controls`.
     """
-    from mvwan.ablate_outcomes import measured_windows
+    from mvwan.ablation.outcomes import measured_windows
 
     windows = measured_windows(job.config, job.options["test_dataset"])
     if job.kind == "encode":
@@ -203,7 +203,7 @@ def _encode(config: Config, measured: Any) -> dict[str, Any]:
 
 
 def _train(job: Job, windows: Any) -> dict[str, Any]:
-    from mvwan.ablate_outcomes import costs, movement, open_cache, velocity_losses
+    from mvwan.ablation.outcomes import costs, movement, open_cache, velocity_losses
     from mvwan.precision import settle
     from mvwan.train import train
 
@@ -221,7 +221,7 @@ def _train(job: Job, windows: Any) -> dict[str, Any]:
 
 
 def _predict(job: Job, windows: Any) -> dict[str, Any]:
-    from mvwan.ablate_outcomes import prediction_errors, trial_outcomes
+    from mvwan.ablation.outcomes import prediction_errors, trial_outcomes
     from mvwan.sample import load_run
 
     options = job.options

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mvwan import ablate_figures, pictures, report_page
-from mvwan.ablate_rates import Choice
-from mvwan.ablate_statistics import LEVEL, Comparison, Difference
+from mvwan import pictures, report_page
+from mvwan.ablation import figures
+from mvwan.ablation.rates import Choice
+from mvwan.ablation.statistics import LEVEL, Comparison, Difference
 from mvwan.errors import MvwanError
 from mvwan.files import read_bytes
 from mvwan.markdown import escaped, markdown_table
@@ -25,6 +26,7 @@ _DIFFERENCE_HEAD = (
     "corrected p", "seeds x episodes", "left out",
 )  # fmt: skip
 _DESCRIBED_HEAD = ("outcome", "arm", "mean", "difference", "95 % interval", "seeds x episodes")
+_CONTROLS_HEAD = ("policy", "successes")
 _STARTS_HEAD = ("arm", "checkpoint, and how it fits")
 _STYLE = (
     "<style>#short th, #short td:first-child, #differences th, #differences td { white-space: normal; } "
@@ -103,6 +105,8 @@ def table_markdown(result: AblationResult) -> str:
         parts += ["### Described only", _markdown(_DESCRIBED_HEAD, described)]
     if compared.of_runs:
         parts += ["### Costs", _markdown(*_costs_table(compared))]
+    if result.controls:
+        parts += ["### Controls of the closed loop", _markdown(_CONTROLS_HEAD, _control_rows(result.controls))]
     if result.starts:
         parts += ["### What the arms start from", _markdown(_STARTS_HEAD, list(result.starts.items()))]
     if result.failed:
@@ -293,11 +297,11 @@ def _differences(compared: Comparison) -> str:
     if not compared.others or not compared.primary:
         return ""
     body = f"<p>{html.escape(f'Differences are those from {compared.reference}. {_how_decided(compared)}')}</p>"
-    height = ablate_figures.forest_height_px(compared)
+    height = figures.forest_height_px(compared)
     for name in compared.primary:
         body += f"<h3>{html.escape(compared.label(name))}</h3>"
         if any(one.mean is not None for one in compared.differences if one.outcome == name):
-            body += report_page.plot(ablate_figures.forest(compared, name), height)
+            body += report_page.plot(figures.forest(compared, name), height)
         rows = [row[:-1] for row in _difference_rows(compared, name)]  # what was left out stands below
         body += report_page.table(_DIFFERENCE_HEAD[:-1], rows)
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(compared))
@@ -307,8 +311,8 @@ def _differences(compared: Comparison) -> str:
 def _parts(compared: Comparison) -> str:
     plots = [
         report_page.plot(figure)
-        for base, names in ablate_figures.banded(compared).items()
-        for figure in ablate_figures.by_band(compared, base, names)
+        for base, names in figures.banded(compared).items()
+        for figure in figures.by_band(compared, base, names)
         if figure["data"]
     ]
     rows = _described_rows(compared)
@@ -326,14 +330,14 @@ def _rates(compared: Comparison) -> str:
     if all(one.mean is None for choice in compared.choices for one in choice.swept):
         return ""
     intro = "<p>Rings mark the rate at which an arm is compared: the best on validation data at which every seed finished.</p>"
-    return intro + report_page.plot(ablate_figures.rates(compared)) + report_page.table(*_rates_table(compared))
+    return intro + report_page.plot(figures.rates(compared)) + report_page.table(*_rates_table(compared))
 
 
 def _curves(result: AblationResult) -> str:
     plots = [
         report_page.plot(figure)
         for column, title in (("heat_loss", "Loss of heatmaps"), ("rgb_loss", "Loss of RGB"))
-        if (figure := ablate_figures.learning_curves(result.comparison, result.curves, column, title))
+        if (figure := figures.learning_curves(result.comparison, result.curves, column, title))
     ]
     intro = "<p>Each arm at its chosen learning rate: every seed faint, their mean strong.</p>"
     return f'{intro}<div class="figures">{"".join(plots)}</div>' if plots else ""
@@ -344,15 +348,16 @@ def _costs(compared: Comparison) -> str:
 
 
 def _controls(controls: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = [[policy.replace("_", " "), rate_in_words(rate)] for policy, rate in controls.items()]
     intro = "<p>What success is worth: how often policies succeed that do not depend on training, with 95 % intervals.</p>"
-    return intro + report_page.table(("policy", "successes"), rows) if rows else ""
+    return intro + report_page.table(_CONTROLS_HEAD, _control_rows(controls)) if controls else ""
+
+
+def _control_rows(controls: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    return [[policy.replace("_", " "), rate_in_words(rate)] for policy, rate in controls.items()]
 
 
 def _movement(rows: Sequence[Mapping[str, Any]]) -> str:
-    plots = "".join(
-        f"<div><h3>{html.escape(arm)}</h3>{report_page.plot(figure)}</div>" for arm, figure in ablate_figures.movement(rows).items()
-    )
+    plots = "".join(f"<div><h3>{html.escape(arm)}</h3>{report_page.plot(figure)}</div>" for arm, figure in figures.movement(rows).items())
     intro = (
         "<p>Norm of the change over the norm at the start, for each group in each block, at the arm's chosen learning rate. What is "
         "outside of all blocks stands at the right.</p>"
@@ -361,7 +366,7 @@ def _movement(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _samples(samples: Sequence[tuple[str, bytes | str | Path]]) -> str:
-    figures = []
+    captioned = []
     for title, content in samples:
         data = content if isinstance(content, bytes) else read_bytes(Path(content))
         uri = pictures.data_uri(data, _media_type(title, data))
@@ -370,8 +375,8 @@ def _samples(samples: Sequence[tuple[str, bytes | str | Path]]) -> str:
             shown = f'<video controls loop muted playsinline src="{uri}"></video>'
         else:
             shown = f'<img src="{uri}" alt="{name}" style="max-width:100%;height:auto;border-radius:5px">'
-        figures.append(f"<figure>{shown}<figcaption>{name}</figcaption></figure>")
-    return f'<div class="figures">{"".join(figures)}</div>' if figures else ""
+        captioned.append(f"<figure>{shown}<figcaption>{name}</figcaption></figure>")
+    return f'<div class="figures">{"".join(captioned)}</div>' if captioned else ""
 
 
 def _media_type(title: str, data: bytes) -> str:

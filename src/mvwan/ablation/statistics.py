@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mvwan.ablate_intervals import bootstrap_interval, holm, paired
-from mvwan.ablate_rates import Choice, Values, choose, mean_over_seeds, seed_means
+from mvwan.ablation.intervals import bootstrap_interval, holm, paired
+from mvwan.ablation.rates import Choice, Values, choose, mean_over_seeds, seed_means
 from mvwan.errors import MvwanError, nearest, some
 
 LEVEL = 0.95
@@ -88,7 +88,7 @@ class Difference:
     bootstrap_low: float | None
     bootstrap_high: float | None
     effect_size: float | None
-    """Mean difference in standard deviations over seeds (`ablate_intervals.effect_size`), signed as the difference."""
+    """Mean difference in standard deviations over seeds (`ablation.intervals.effect_size`), signed as the difference."""
     share_better: float | None
     """In 0..1: the share of pairs in which the arm is better; of equals half."""
     p: float | None
