@@ -18,6 +18,8 @@ from mvwan.errors import MvwanError
 _UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError)
 """What a damaged file makes safetensors and torch raise: a type that this torch lacks is an AttributeError, an impossible shape a
 RuntimeError."""
+_BYTES_PER_MAPPING = 2**23
+"""Read of an open file before it is opened anew: it keeps all pages that were ever read, and opening reads the whole header."""
 _DTYPE_NAMES = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "C": "complex"}
 
 
@@ -60,6 +62,8 @@ class TensorFile(Mapping[str, torch.Tensor]):
         except _UNREADABLE as error:
             raise self._unreadable(error) from None
         self._stored = {name: name for name in self.shapes}
+        self._open: Any = None
+        self._bytes_left = 0
 
     def renamed(self, names: Mapping[str, str]) -> "TensorFile":
         """The same file with the tensors under other names: `names` is {stored: new}, for every tensor, without repeats."""
@@ -73,11 +77,14 @@ class TensorFile(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         stored = self._stored[name]
         try:
-            # Opened anew for each tensor: an open file keeps all the pages that were ever read.
-            with safe_open(self.path, "pt") as file:
-                return file.get_tensor(stored)
+            if (file := self._open) is None:  # a name of its own, since another thread may close it
+                file, self._bytes_left = safe_open(self.path, "pt"), _BYTES_PER_MAPPING
+            tensor = file.get_tensor(stored)
         except _UNREADABLE as error:
             raise self._unreadable(error) from None
+        self._bytes_left -= tensor.nbytes
+        self._open = file if self._bytes_left > 0 else None
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
