@@ -1,6 +1,8 @@
 """An ablation as a user runs it, at its smallest: a grid to a table, killed and gone on, with runs that fail; and that runs are paired."""
 
+import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,20 +20,22 @@ import pytest
 import torch
 import yaml
 from click.testing import Result
+from rich.console import Console
 from typer.testing import CliRunner
 
 from mvwan import ablate, cli, flow
-from mvwan.ablate import run_ablation
+from mvwan.ablate import as_many_as_fit, run_ablation
 from mvwan.ablation.check import check_grid
 from mvwan.ablation.cluster import run_on_cluster
 from mvwan.ablation.grid import Grid, read_grid
-from mvwan.ablation.jobs import Failure, only_worker
+from mvwan.ablation.jobs import Failure, Job, only_worker, run_jobs
 from mvwan.ablation.outcomes import measured_windows, open_cache
 from mvwan.checkpoint import TRAINED, find_checkpoint
 from mvwan.config import Config
 from mvwan.data.dataset import WindowDataset, read_episodes
 from mvwan.errors import MvwanError
 from mvwan.files import read_json, read_json_lines
+from mvwan.presets import config_from_preset
 from mvwan.train_data import micro_batches
 from mvwan.training_module import HeatmapWanTrainingModule
 from tests.demonstrations import write_demonstrations
@@ -119,9 +123,33 @@ def test_every_number_is_a_row(made: tuple[Path, str, str]) -> None:
     assert all(row["relative_movement"] > 0 for row in moved)
 
 
+def test_jobs_share_the_gpus_in_turn(tmp_path: Path) -> None:
+    config = config_from_preset("debug", {"data": {"root": str(tmp_path / "none")}})
+    options = {"test_dataset": None, "windows": 1}
+    folders = [tmp_path / str(number) for number in range(3)]
+    jobs = [
+        Job(name=folder.name, kind="encode", folder=folder, product=folder / "done", key="", config=config, options=options)
+        for folder in folders
+    ]
+    failures = run_jobs(jobs, 2, lambda *_: None, ("4", "7"))
+    assert sorted(failure.name for failure in failures) == ["0", "1", "2"] and all("none" in failure.reason for failure in failures)
+    said = [(folder / "encode.log").read_text().splitlines()[0] for folder in folders]
+    assert said[:2] == ["GPU 4", "GPU 7"] and said[2] in said[:2], "the third has the place of the first that ended"
+
+
+def test_no_more_runs_at_a_time_than_memory_holds(made: tuple[Path, str, str]) -> None:
+    grid, said = read_grid(made[0] / "grid.yaml"), io.StringIO()
+    configs = [run.config for run in grid.runs(made[0])]
+    fit = as_many_as_fit(configs, 100_000, Console(file=said, width=200))
+    told = re.fullmatch(r"(\d+) at a time instead of 100000: a run takes some ([\d.]+) GB, ([\d.]+) GB are free\n", said.getvalue())
+    assert told and int(told[1]) == fit > 1
+    assert (fit + 1) * (float(told[2]) + 0.05) > float(told[3]) - 0.05 and fit * (float(told[2]) - 0.05) < float(told[3]) + 0.05
+    assert as_many_as_fit(configs, 1, Console(file=said)) == 1
+
+
 def test_a_second_call_runs_nothing(made: tuple[Path, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     output, _, _ = made
-    monkeypatch.setattr(ablate, "run_jobs", lambda *given: pytest.fail(f"{len(given[0])} jobs run again"))
+    monkeypatch.setattr(ablate, "run_jobs", lambda *given, **_: pytest.fail(f"{len(given[0])} jobs run again"))
     before = (output / "table.md").read_bytes()
     made_again = run_ablation(check_grid(read_grid(output / "grid.yaml"), output))
     assert made_again.table.encode() == before == (output / "table.md").read_bytes()
@@ -227,7 +255,7 @@ def test_an_arm_without_a_finished_run_leaves_the_others_a_table(
 ) -> None:
     output = tmp_path / "out"
     shutil.copytree(made[0], output)
-    monkeypatch.setattr(ablate, "run_jobs", lambda jobs, *_: [Failure(name=job.name, reason="lost", log=job.log) for job in jobs])
+    monkeypatch.setattr(ablate, "run_jobs", lambda jobs, *_, **__: [Failure(name=job.name, reason="lost", log=job.log) for job in jobs])
     checked = check_grid(read_grid(output / "grid.yaml"), output)
     for folder in folders_of(output):
         if ON in folder.parts:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -30,14 +31,18 @@ from mvwan import pictures
 from mvwan.ablation.check import Checked, rgb_weight
 from mvwan.ablation.cluster import Cluster, check_cluster, run_on_cluster
 from mvwan.ablation.grid import GRID, Grid, Run
-from mvwan.ablation.jobs import Failure, Job, only_worker, run_jobs
+from mvwan.ablation.jobs import Failure, Job, only_worker, run_jobs, visible_gpus
 from mvwan.ablation.rates import choose
 from mvwan.ablation.report import AblationResult, report_html, table_markdown
 from mvwan.ablation.statistics import Comparison, Measurement, Outcome, compare
+from mvwan.config import Config
 from mvwan.errors import MvwanError
 from mvwan.evaluate import load_prediction
 from mvwan.files import read_json, read_json_lines, sha256_json, whole_file, write_file, write_json
+from mvwan.memory import available_bytes, resident_bytes
 from mvwan.model.latents import codec_digest
+from mvwan.plan import GB, memory_of
+from mvwan.step_trace import trace
 
 TABLE, COMPARISON, REPORT, RESULTS = "table.md", "comparison.json", "report.html", "results.parquet"
 OUTCOMES_FILE, PREDICTIONS_FILE = "outcomes.json", "predictions.json"
@@ -86,7 +91,8 @@ def run_ablation(
     SIGTERM, with what is running saved.
     """
     grid, output = checked.grid, checked.output
-    run_all: _Runner = run_jobs
+    console = console or Console(stderr=True, highlight=False)
+    run_all: _Runner = partial(run_jobs, gpus=visible_gpus())
     if cluster is not None:
         check_cluster(cluster)
         run_all = partial(run_on_cluster, cluster=cluster, options=cluster_options or {}, folder=output / "submitit")
@@ -95,6 +101,8 @@ def run_ablation(
             write_file(output / GRID, grid.to_yaml())
         _run("encode", _encode_jobs(checked), 1, console, run_all)  # what could not be encoded fails the runs that need it
         trainings = _training_jobs(checked)
+        if cluster is None and processes > 1 and not all(job.is_done for job in trainings):
+            processes = as_many_as_fit([job.config for job in trainings if not job.is_done], processes, console)
         failures = _run("train and measure", trainings, processes, console, run_all)
         done = {job.folder for job in trainings if job.is_done}
         if not done:
@@ -107,12 +115,27 @@ def run_ablation(
         return _compare(checked, chosen, done, [job for job in predictions if job.is_done], failures)
 
 
+def as_many_as_fit(configs: Sequence[Config], processes: int, console: Console) -> int:
+    """How many of `processes` runs main memory holds at a time, at least one; says so where that is fewer. On GPUs all of them."""
+    if torch.cuda.is_available():
+        return processes
+    alike = [replace(config, seed=0, train=replace(config.train, learning_rate=1.0)) for config in configs]
+    different = {sha256_json(config.to_dict()): config for config in alike}.values()
+    steps = [memory_of(trace(config, "cpu"), "one process", 1, config.train.ema_decay > 0).total for config in different]
+    needed, available = max(steps) + resident_bytes(), available_bytes()
+    fit = max(1, min(processes, int(available / needed)))
+    if fit < processes:
+        told = f"a run takes some {needed / GB:.1f} GB, {available / GB:.1f} GB are free"
+        console.print(f"{fit} at a time instead of {processes}: {told}", soft_wrap=True)
+    return fit
+
+
 _Runner = Callable[[Sequence[Job], int, Callable[[Job, str, Failure | None], None]], list[Failure]]
 
 
-def _run(title: str, jobs: Sequence[Job], processes: int, console: Console | None, run_all: _Runner) -> list[Failure]:
+def _run(title: str, jobs: Sequence[Job], processes: int, console: Console, run_all: _Runner) -> list[Failure]:
     missing = [job for job in jobs if not job.is_done]
-    with _Progress(title, len(jobs), len(jobs) - len(missing), console or Console(stderr=True, highlight=False)) as progress:
+    with _Progress(title, len(jobs), len(jobs) - len(missing), console) as progress:
         return run_all(missing, processes, progress.said) if missing else []
 
 

@@ -91,7 +91,12 @@ def ablate(
             show_default=False,
         ),
     ] = None,
-    processes: Annotated[int, typer.Option("--processes", min=1, help="Runs at the same time; they divide the machine's threads.")] = 1,
+    processes: Annotated[
+        int,
+        typer.Option(
+            "--processes", min=1, help="Runs at the same time, as far as memory holds them; they divide the machine's threads and GPUs."
+        ),
+    ] = 1,
     cluster: Annotated[
         Cluster | None,
         typer.Option(

@@ -1,4 +1,4 @@
-"""What this process holds of main memory, as Linux counts it. Knows nothing else."""
+"""What this process holds of main memory, and what is left of it, as Linux counts it. Knows nothing else."""
 
 import resource
 from pathlib import Path
@@ -18,6 +18,11 @@ def peak_bytes(*, children: bool = False) -> int:
     return max(_counted("VmHWM"), of_children) if children else _counted("VmHWM")
 
 
-def _counted(what: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+def available_bytes() -> int:
+    """What a new process can take before others have to be swapped out."""
+    return _counted("MemAvailable", "/proc/meminfo")
+
+
+def _counted(what: str, where: str = "/proc/self/status") -> int:
+    lines = Path(where).read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{what}:"))

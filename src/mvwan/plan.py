@@ -4,17 +4,16 @@
 named in `ASSUMPTIONS` and printed with every plan. Knows no layer and touches no GPU.
 """
 
-import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from mvwan.config import Config, Quantize
 from mvwan.deepspeed_engine import BUCKET_ELEMENTS
 from mvwan.devices import DEFAULT_EFFICIENCY, Machine
 from mvwan.errors import MvwanError
+from mvwan.memory import available_bytes
 from mvwan.step_trace import Measurement, StepTrace, measure, trace
 
 Strategy = Literal["one process", "DDP", "DeepSpeed ZeRO-1", "DeepSpeed ZeRO-2", "FSDP2"]
@@ -306,7 +305,7 @@ def _command(config: Config, strategy: Strategy, checkpointing: bool, quantize: 
 def _trial(config: Config, efficiency: float) -> Trial:
     step = trace(config, "cpu")
     memory = memory_of(step, "one process", 1, has_average=False)
-    available = _available_bytes()
+    available = available_bytes()
     if memory.total > available:
         raise MvwanError(
             f"--measure: a step takes {memory.total / GB:.1f} GB and this machine has {available / GB:.1f} GB free. Leave --measure out, "
@@ -320,9 +319,3 @@ def _trial(config: Config, efficiency: float) -> Trial:
         measured=measured,
         efficiency=flop / (measured.product_flop_per_s * measured.step_s),
     )
-
-
-def _available_bytes() -> float:
-    """Of main memory, by Linux."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), math.inf)

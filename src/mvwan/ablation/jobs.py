@@ -76,24 +76,29 @@ class Failure:
 # ── those who start jobs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_jobs(jobs: Sequence[Job], processes: int, said: Callable[[Job, str, Failure | None], None]) -> list[Failure]:
-    """The failures, after all jobs have run, `processes` of them at a time, the machine's threads divided among them.
+def run_jobs(
+    jobs: Sequence[Job], processes: int, said: Callable[[Job, str, Failure | None], None], gpus: Sequence[str] = ()
+) -> list[Failure]:
+    """The failures, after all jobs have run, `processes` of them at a time, the machine's threads and `gpus` divided among them.
 
     `said(job, "started" | "done" | "failed", failure)` is called as they go. SIGTERM and Ctrl-C stop the jobs, which save first; then
     `PreemptedError` or `KeyboardInterrupt` is raised.
     """
     waiting, running, failures = deque(jobs), dict[Job, BaseProcess](), list[Failure]()
+    places, place_of = deque(range(processes)), dict[Job, int]()
     threads = max(1, len(os.sched_getaffinity(0)) // processes)  # however few jobs are left: sums over more threads round otherwise
     with sigterm_raises():
         try:
             while waiting or running:
-                while waiting and len(running) < processes:
+                while waiting and places:
                     job = waiting.popleft()
-                    running[job] = _start(job, threads)
+                    place_of[job] = places.popleft()
+                    running[job] = _start(job, threads, gpus[place_of[job] % len(gpus)] if gpus else None)
                     said(job, "started", None)
                 connection.wait([process.sentinel for process in running.values()])
                 for job in [job for job, process in running.items() if process.exitcode is not None]:
                     failure = _failure_of(job, running.pop(job).exitcode or 0)
+                    places.append(place_of[job])
                     failures += [failure] if failure else []
                     said(job, "failed" if failure else "done", failure)
         except BaseException:
@@ -102,12 +107,21 @@ def run_jobs(jobs: Sequence[Job], processes: int, said: Callable[[Job, str, Fail
     return failures
 
 
-def _start(job: Job, threads: int) -> BaseProcess:
+def visible_gpus() -> tuple[str, ...]:
+    """The GPUs of this machine that this process may use, as `CUDA_VISIBLE_DEVICES` names them; found without touching one."""
+    import torch
+
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return tuple(named.split(",")[:count] if named else map(str, range(count)))
+
+
+def _start(job: Job, threads: int, gpu: str | None) -> BaseProcess:
     """The job's process: a fork of one that has imported everything and computed nothing, which takes a second, not ten."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else an import that asks for GPUs makes them unusable in forks
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mvwan.ablation.outcomes", "mvwan.train", "transformers.models.umt5.modeling_umt5"])
     job.folder.mkdir(parents=True, exist_ok=True)
-    process = context.Process(target=_work, args=(job, threads), name=job.name)
+    process = context.Process(target=_work, args=(job, threads, gpu), name=job.name)
     process.start()
     return process
 
@@ -244,13 +258,17 @@ def _peak_memory_mb() -> float:
     return peak_bytes() / 2**20
 
 
-def _work(job: Job, threads: int) -> None:
+def _work(job: Job, threads: int, gpu: str | None) -> None:
     """Does the job in the process that was started for it, whose words go to the log; a mistake of the user is one line and code 2."""
     import torch
 
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
+    if gpu is not None:
+        print(f"GPU {gpu}", flush=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; who started this asks it to stop in order
     signal.signal(signal.SIGTERM, _leave)
     _stop_when_left_alone()
