@@ -147,6 +147,6 @@ def test_a_rate_that_yaml_takes_for_a_text_is_a_number() -> None:
 @pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs" / "ablation").glob("*.yaml")), ids=lambda path: path.name)
 def test_grids_that_ship_are_grids_and_say_how_they_are_run(path: Path) -> None:
     grid = read_grid(path)
-    arms = {"switch.yaml": 4, "parts.yaml": 4, "pretraining.yaml": 2, "two-stage.yaml": 4}
+    arms = {"switch.yaml": 4, "parts.yaml": 4, "pretraining.yaml": 2, "two-stage.yaml": 4, "suggestion.yaml": 3}
     assert len(grid.all_arms) == arms[path.name] and grid.seeds == 3 and grid.test_dataset is not None
     assert f"mvwan ablate --grid configs/ablation/{path.name}" in path.read_text(encoding="utf-8")

@@ -5,10 +5,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from mvwan import sensitivity_report
 from mvwan.ablate import COMPARISON, RESULTS, TABLE, comparison_of
 from mvwan.ablation.grid import GRID, read_grid
 from mvwan.ablation.report import AblationResult, table_markdown
 from mvwan.ablation.statistics import Measurement
+from mvwan.config import config_from_dict, read_yaml
 from mvwan.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +27,7 @@ def table_lines(text: str) -> list[str]:
 
 
 def test_there_are_results() -> None:
-    assert {folder.name for folder in FOLDERS} >= {"switch", "parts"}
+    assert {folder.name for folder in FOLDERS} == {"switch", "parts", "pretraining", "two-stage", "suggestion"}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -54,6 +56,16 @@ def test_a_committed_comparison_is_that_of_its_rows(folder: Path) -> None:
 def test_a_committed_result_is_of_the_grid_that_ships(folder: Path) -> None:
     shipped, done = read_grid(ROOT / "configs" / "ablation" / f"{folder.name}.yaml"), read_grid(folder / GRID)
     assert shipped == done
+
+
+def test_the_sensitivity_table_is_that_of_its_numbers_and_its_suggestion_was_trained() -> None:
+    folder = RESULTS_FOLDER / "sensitivity"
+    assert (folder / TABLE).read_text(encoding="utf-8") == sensitivity_report.markdown(read_json(folder / "sensitivity.json"))
+    suggested = config_from_dict(read_yaml(folder / "suggestion.yaml"))
+    grid = read_grid(RESULTS_FOLDER / "suggestion" / GRID)
+    (arm,) = [arm for arm in grid.all_arms if arm.name == "suggestion"]
+    trained = grid.config(arm, grid.rates[0], 0)
+    assert trained.trainable == suggested.trainable and not trained.unfreeze_modulation_and_norms
 
 
 def test_the_page_quotes_tables_of_the_results_alone() -> None:
