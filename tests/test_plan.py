@@ -127,7 +127,7 @@ def test_a_step_is_predicted_within_15_percent_of_what_it_takes() -> None:
 
 
 def test_steps_that_do_not_fit_this_machine_are_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mvwan.plan._available_bytes", lambda: 1e3)
+    monkeypatch.setattr("mvwan.plan.available_bytes", lambda: 1e3)
     with pytest.raises(MvwanError, match="--measure"):
         make_plan(small(), (), measured=True)
 
