@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -117,7 +116,7 @@ def run_ablation(
 
 def as_many_as_fit(configs: Sequence[Config], processes: int, console: Console) -> int:
     """How many of `processes` runs main memory holds at a time, at least one; says so where that is fewer. On GPUs all of them."""
-    if torch.cuda.is_available():
+    if visible_gpus():
         return processes
     alike = [replace(config, seed=0, train=replace(config.train, learning_rate=1.0)) for config in configs]
     different = {sha256_json(config.to_dict()): config for config in alike}.values()

@@ -98,7 +98,7 @@ def run_jobs(
                 connection.wait([process.sentinel for process in running.values()])
                 for job in [job for job, process in running.items() if process.exitcode is not None]:
                     failure = _failure_of(job, running.pop(job).exitcode or 0)
-                    places.append(place_of[job])
+                    places.append(place_of.pop(job))
                     failures += [failure] if failure else []
                     said(job, "failed" if failure else "done", failure)
         except BaseException:
