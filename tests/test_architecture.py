@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "mvwan"
 # A half is a step on the landing of its floor: what files of the same floor stand on, or what stands on them.
 FLOORS: dict[float, tuple[str, ...]] = {
     -1: ("errors",),
-    0: ("cameras", "devices", "files", "markdown", "memory", "sharding", "shapes", "tensors"),
+    0: ("cameras", "devices", "files", "markdown", "memory", "sharding", "shapes", "signals", "tensors"),
     0.5: ("pickles",),
     1: (
         "ablation.intervals",

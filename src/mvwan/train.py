@@ -16,15 +16,11 @@ processes and micro-batches. Knows no file format of demonstrations and no param
 """
 
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -53,6 +49,7 @@ from mvwan.model.trainable import verify_trainable
 from mvwan.optimizer import MovingAverage, load_optimizer, make_optimizer, make_schedule, optimizer_tensors
 from mvwan.precision import in_words, settle
 from mvwan.run_manifest import run_manifest, trainable_changes
+from mvwan.signals import on_sigterm
 from mvwan.strategy import forget_settings, make_accelerator, prepare, strategy_name
 from mvwan.training_module import HeatmapWanTrainingModule
 
@@ -110,6 +107,10 @@ class State:
     stopping: bool = False
     """Some process did, and all know: save and stop after this step."""
 
+    def ask_to_stop(self) -> None:
+        """What a cluster that takes the machine back asks by SIGTERM: training ends after the present step, with all saved."""
+        self.stop_asked = True
+
 
 def train(config: Config, output: str | Path, resume: bool = False, accept_trainable_change: bool = False) -> TrainResult:
     """What the run left behind, after training `config.train.steps` steps into the folder `output`.
@@ -133,7 +134,7 @@ def _train(config: Config, output: Path, resume: bool, accept_trainable_change: 
     accelerator = make_accelerator(config, output)
     try:
         state = _build(config, output, accelerator, found, accept_trainable_change)
-        with _sigterm_stops(state):
+        with on_sigterm(state.ask_to_stop):
             loop(state)
         accelerator.wait_for_everyone()
         return _result(state)
@@ -141,23 +142,6 @@ def _train(config: Config, output: Path, resume: bool, accept_trainable_change: 
         for tracker in accelerator.trackers:
             tracker.finish()
         forget_settings()
-
-
-@contextmanager
-def _sigterm_stops(state: State) -> Iterator[None]:
-    """SIGTERM in this block, sent by a cluster that takes the machine back, ends training after the present step, with all saved."""
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        state.stop_asked = True
-
-    if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread alone
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

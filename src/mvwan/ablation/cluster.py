@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mvwan.ablation.jobs import Failure, Job, do, sigterm_raises
+from mvwan.ablation.jobs import Failure, Job, do, stop_by_sigterm
 from mvwan.errors import MvwanError
+from mvwan.signals import on_sigterm
 
 Cluster = Literal["slurm", "local"]
 _POLL_S = 2
@@ -47,7 +48,7 @@ def run_on_cluster(
     except (NameError, RuntimeError, TypeError, ValueError) as error:
         raise MvwanError(f"--cluster {cluster}: submitit takes neither it nor its options ({error}). See --cluster-option.") from None
     failures, running, waiting = list[Failure](), dict[Job, Any](), list(jobs)
-    with sigterm_raises():
+    with on_sigterm(stop_by_sigterm):
         try:
             while waiting or running:
                 # Slurm itself sees to how many of an array run at a time.

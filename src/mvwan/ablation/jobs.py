@@ -26,6 +26,7 @@ from mvwan.config import Config
 from mvwan.errors import MvwanError, PreemptedError
 from mvwan.files import read_json, write_json
 from mvwan.memory import peak_bytes
+from mvwan.signals import on_sigterm
 
 Kind = Literal["encode", "train", "predict"]
 _PATIENCE_S = 120
@@ -87,7 +88,7 @@ def run_jobs(
     waiting, running, failures = deque(jobs), dict[Job, BaseProcess](), list[Failure]()
     places, place_of = deque(range(processes)), dict[Job, int]()
     threads = max(1, len(os.sched_getaffinity(0)) // processes)  # however few jobs are left: sums over more threads round otherwise
-    with sigterm_raises():
+    with on_sigterm(stop_by_sigterm):
         try:
             while waiting or running:
                 while waiting and places:
@@ -150,21 +151,9 @@ def _stop(processes: Sequence[BaseProcess]) -> None:
             process.join()
 
 
-@contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """In this block SIGTERM raises `PreemptedError`."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise PreemptedError("stopped by SIGTERM; what is finished is kept, and the same command goes on")
-
-    if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread alone
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def stop_by_sigterm() -> None:
+    """For `on_sigterm`: raises `PreemptedError`."""
+    raise PreemptedError("stopped by SIGTERM; what is finished is kept, and the same command goes on")
 
 
 @contextmanager
