@@ -22,10 +22,21 @@ print("\n".join(f"--task={name}" for name in sorted(INSTRUCTIONS) if name not in
 PYTHON
 )
 [[ -d $folder/demonstrations ]] || mvwan record "${tasks[@]}" --episodes 12 --seed 5000 --output "$folder/demonstrations"
-accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m mvwan \
-    train --preset tiny-pretrain --set data.root="$folder/demonstrations" --set data.cache="$folder/latents" \
-    --set train.batch_size=4 --output "$folder/run" --resume
+
+# go NAME SETTING…: one training on those demonstrations into the folder NAME, every window encoded before it.
+go() {
+    local name=$1 settings=(--preset tiny-pretrain --set data.root="$folder/demonstrations")
+    shift
+    mvwan cache "${settings[@]}" "$@" --workers 1 --output "$folder/latents"
+    accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m mvwan \
+        train "${settings[@]}" "$@" --set data.cache="$folder/latents" --set train.batch_size=4 --set train.compile=true \
+        --output "$folder/$name" --resume
+}
+
+# At every noise, narrow spots; then as the preset has it, at the noise where it shows what comes, spots that are learned faster.
+go first --set flow.sigma_min=0 --set data.heatmap_sigma_px=4
+go second --set train.from_checkpoint="$folder/first"
 rm -rf "$shipped.new"
-mvwan checkpoint export "$folder/run" --format mvwan --output "$shipped.new"
+mvwan checkpoint export "$folder/second" --format mvwan --output "$shipped.new"
 rm -rf "$shipped"
 mv "$shipped.new" "$shipped"

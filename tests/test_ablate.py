@@ -28,7 +28,7 @@ from mvwan.ablate import as_many_as_fit, run_ablation
 from mvwan.ablation.check import check_grid
 from mvwan.ablation.cluster import run_on_cluster
 from mvwan.ablation.grid import Grid, read_grid
-from mvwan.ablation.jobs import Failure, Job, only_worker, run_jobs
+from mvwan.ablation.jobs import Job, only_worker, run_jobs
 from mvwan.ablation.outcomes import measured_windows, open_cache
 from mvwan.checkpoint import TRAINED, find_checkpoint
 from mvwan.config import Config
@@ -36,6 +36,7 @@ from mvwan.data.dataset import WindowDataset, read_episodes
 from mvwan.errors import MvwanError
 from mvwan.files import read_json, read_json_lines
 from mvwan.presets import config_from_preset
+from mvwan.processes import Failure
 from mvwan.train_data import micro_batches
 from mvwan.training_module import HeatmapWanTrainingModule
 from tests.demonstrations import write_demonstrations

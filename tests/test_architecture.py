@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "mvwan"
 FLOORS: dict[float, tuple[str, ...]] = {
     -1: ("errors",),
     0: ("cameras", "devices", "files", "markdown", "memory", "sharding", "shapes", "signals", "tensors"),
-    0.5: ("pickles",),
+    0.5: ("pickles", "processes"),
     1: (
         "ablation.intervals",
         "ablation.rates",

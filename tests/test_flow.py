@@ -181,3 +181,11 @@ def test_bands_cover_zero_to_one_without_gap() -> None:
     assert bands[-1][1] == 1
     assert [high for _, high, _ in bands[:-1]] == [low for low, _, _ in bands[1:]]
     assert len({name for _, _, name in bands}) == len(bands)
+
+
+def test_bands_of_a_run_end_where_its_noise_ends() -> None:
+    assert flow.sigma_bands(FlowConfig()) == flow.sigma_bands()
+    (only,) = flow.sigma_bands(FlowConfig(sigma_min=0.6))
+    assert only == (pytest.approx(5 * 0.6 / 3.4), 1.0, "0.88-1.00")
+    names = [name for _, _, name in flow.sigma_bands(FlowConfig(sigma_min=0.1, sigma_max=0.5, shift=1.0))]
+    assert names == ["0.10-0.25", "0.25-0.50"]

@@ -38,7 +38,7 @@ def test_pretrain_differs_from_finetune_only_in_the_clip() -> None:
 def test_tiny_is_the_picture_setting_of_the_demo() -> None:
     config = config_from_preset("tiny")
     assert (config.data.height_px, config.data.width_px, config.data.num_frames) == (128, 128, 9)
-    assert (config.model.views, config.data.heatmap_sigma_px, config.data.text_tokens) == (3, 4.0, 64)
+    assert (config.model.views, config.data.heatmap_sigma_px, config.data.text_tokens) == (3, 6.0, 64)
 
 
 def test_debug_is_two_steps_with_the_movement_proof_inside() -> None:

@@ -30,7 +30,7 @@ from mvwan import pictures
 from mvwan.ablation.check import Checked, rgb_weight
 from mvwan.ablation.cluster import Cluster, check_cluster, run_on_cluster
 from mvwan.ablation.grid import GRID, Grid, Run
-from mvwan.ablation.jobs import Failure, Job, only_worker, run_jobs, visible_gpus
+from mvwan.ablation.jobs import Job, only_worker, run_jobs
 from mvwan.ablation.rates import choose
 from mvwan.ablation.report import AblationResult, report_html, table_markdown
 from mvwan.ablation.statistics import Comparison, Measurement, Outcome, compare
@@ -41,6 +41,7 @@ from mvwan.files import read_json, read_json_lines, sha256_json, whole_file, wri
 from mvwan.memory import available_bytes, resident_bytes
 from mvwan.model.latents import codec_digest
 from mvwan.plan import GB, memory_of
+from mvwan.processes import Failure, visible_gpus
 from mvwan.step_trace import trace
 
 TABLE, COMPARISON, REPORT, RESULTS = "table.md", "comparison.json", "report.html", "results.parquet"

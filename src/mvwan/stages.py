@@ -6,7 +6,7 @@ settings and those of the stages it stands on stay the same. Knows nothing of wh
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,27 +57,29 @@ class Stages:
         self,
         name: str,
         settings: Mapping[str, Any],
-        product: Path,
+        product: Path | Sequence[Path],
         work: Callable[[], Any],
         keep_stale: bool = False,
         after: str | None = None,
     ) -> None:
-        """Does `work`, which makes `product`, unless that is finished already from these settings.
+        """Does `work`, which makes `product` (one or several), unless that is finished already from these settings.
 
         It stands on the stage of key `after` and on those that one stands on, or on `start` alone; None: on the stage before. What an
         unfinished attempt with the same settings left is kept for `work` to go on with; what other settings left is removed first,
         unless `keep_stale`.
         """
+        products = [product] if isinstance(product, Path) else product
         self.heading(name)
         key = self._key = self.key_of(name, settings, after or self._key)
         found = self._known.get(name, {})
         is_same = found.get("key") == key
-        if is_same and found["is_finished"] and product.exists():
+        if is_same and found["is_finished"] and all(one.exists() for one in products):
             self.costs[name] = {cost: found[cost] for cost in ("seconds", "attempts", "peak_memory_mb") if cost in found}
-            self._console.print(f"[dim]finished earlier, in {found['seconds']:.1f} s: {product}")
+            self._console.print(f"[dim]finished earlier, in {found['seconds']:.1f} s: {', '.join(map(str, products))}")
             return
         if not is_same and not keep_stale:
-            remove(product)
+            for one in products:
+                remove(one)
         attempts = found.get("attempts", 1) + 1 if is_same and not found["is_finished"] else 1
         self._remember(name, {"key": key, "is_finished": False, "attempts": attempts})
         start = time.monotonic()

@@ -301,14 +301,14 @@ def save(state: State) -> None:
 
 
 def _evaluate_if_due(state: State) -> None:
-    """Held-out losses per sigma band and stream, at fixed sigma and noise: before the first step, every so often, and at the end."""
+    """Held-out losses per band of trained sigma and stream, at fixed sigma and noise: before the first step, every so often, at the end."""
     config = state.config.train
     due = config.evaluate_every and config.evaluate_windows and (state.step % config.evaluate_every == 0 or state.step == config.steps)
     if state.held_out is None or not due or any(line["kind"] == "held_out" and line["step"] == state.step for line in state.history):
         return
     start = time.perf_counter()
     chosen = np.unique(np.linspace(0, len(state.held_out) - 1, config.evaluate_windows).round().astype(int)).tolist()
-    bands = {name: _held_out_loss(state, (low + high) / 2, chosen) for low, high, name in flow.sigma_bands()}
+    bands = {name: _held_out_loss(state, (low + high) / 2, chosen) for low, high, name in flow.sigma_bands(state.config.flow)}
     sharding.release_full_parameters(state.own)
     means = {name: sum(band[name] for band in bands.values()) / len(bands) for name in _loss_names(state.config)}
     line = {"kind": "held_out", "step": state.step, **means, "bands": bands, "windows": len(chosen)}

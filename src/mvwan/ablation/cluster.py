@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mvwan.ablation.jobs import Failure, Job, do, stop_by_sigterm
+from mvwan.ablation.jobs import Job
 from mvwan.errors import MvwanError
+from mvwan.processes import Failure, stop_by_sigterm
 from mvwan.signals import on_sigterm
 
 Cluster = Literal["slurm", "local"]
@@ -75,7 +76,7 @@ def run_on_cluster(
 def _there(job: Job) -> str:
     """What was wrong, empty when the job is done: in a process of the cluster."""
     try:
-        do(job)
+        job.do()
     except MvwanError as error:
         return str(error)
     return ""

@@ -1,36 +1,21 @@
-"""The work of an ablation in processes of their own, several at a time: encode, train and measure, predict.
-
-A process that fails takes nothing else with it: its words are in `<kind>.log`, the last of them are its reason. Whoever starts jobs
-may be stopped: they then save and stop as well, and so they do when nobody waits for them any more. A folder has one worker at a time.
-Knows no grid.
+"""The work of an ablation in processes of their own, several at a time: encode, train and measure, predict. A folder has one worker
+at a time; the words of a job are in its `<kind>.log`. Knows no grid.
 """
 
 import fcntl
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from mvwan.config import Config
-from mvwan.errors import MvwanError, PreemptedError
+from mvwan.errors import MvwanError
 from mvwan.files import read_json, write_json
 from mvwan.memory import peak_bytes
-from mvwan.signals import on_sigterm
+from mvwan.processes import TRAINING_MODULES, Failure, Said, run_works
 
 Kind = Literal["encode", "train", "predict"]
-_PATIENCE_S = 120
-"""A job that was asked to stop finishes its step and saves; after so long it is killed."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,6 +40,11 @@ class Job:
         """What its process says."""
         return self.folder / f"{self.kind}.log"
 
+    def do(self) -> None:
+        """Nothing; the product is there, after whoever is at work in the folder has ended."""
+        with only_worker(self.folder, wait=True):
+            write_json(self.product, {"key": self.key, **perform(self)})
+
     @property
     def is_done(self) -> bool:
         """Whether the product is there and is of this key. A file that cannot be read is not."""
@@ -64,96 +54,9 @@ class Job:
             return False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """A job that did not come to its end."""
-
-    name: str
-    reason: str
-    """The last line it said, or how it ended."""
-    log: Path
-
-
-# ── those who start jobs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def run_jobs(
-    jobs: Sequence[Job], processes: int, said: Callable[[Job, str, Failure | None], None], gpus: Sequence[str] = ()
-) -> list[Failure]:
-    """The failures, after all jobs have run, `processes` of them at a time, the machine's threads and `gpus` divided among them.
-
-    `said(job, "started" | "done" | "failed", failure)` is called as they go. SIGTERM and Ctrl-C stop the jobs, which save first; then
-    `PreemptedError` or `KeyboardInterrupt` is raised.
-    """
-    waiting, running, failures = deque(jobs), dict[Job, BaseProcess](), list[Failure]()
-    places, place_of = deque(range(processes)), dict[Job, int]()
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)  # however few jobs are left: sums over more threads round otherwise
-    with on_sigterm(stop_by_sigterm):
-        try:
-            while waiting or running:
-                while waiting and places:
-                    job = waiting.popleft()
-                    place_of[job] = places.popleft()
-                    running[job] = _start(job, threads, gpus[place_of[job] % len(gpus)] if gpus else None)
-                    said(job, "started", None)
-                connection.wait([process.sentinel for process in running.values()])
-                for job in [job for job, process in running.items() if process.exitcode is not None]:
-                    failure = _failure_of(job, running.pop(job).exitcode or 0)
-                    places.append(place_of.pop(job))
-                    failures += [failure] if failure else []
-                    said(job, "failed" if failure else "done", failure)
-        except BaseException:
-            _stop(list(running.values()))
-            raise
-    return failures
-
-
-def visible_gpus() -> tuple[str, ...]:
-    """The GPUs of this machine that this process may use, as `CUDA_VISIBLE_DEVICES` names them; found without touching one."""
-    import torch
-
-    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return tuple(named.split(",")[:count] if named else map(str, range(count)))
-
-
-def _start(job: Job, threads: int, gpu: str | None) -> BaseProcess:
-    """The job's process: a fork of one that has imported everything and computed nothing, which takes a second, not ten."""
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else an import that asks for GPUs makes them unusable in forks
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mvwan.ablation.outcomes", "mvwan.train", "transformers.models.umt5.modeling_umt5"])
-    job.folder.mkdir(parents=True, exist_ok=True)
-    process = context.Process(target=_work, args=(job, threads, gpu), name=job.name)
-    process.start()
-    return process
-
-
-def _failure_of(job: Job, code: int) -> Failure | None:
-    if code == 0 and job.is_done:
-        return None
-    said = job.log.read_text(encoding="utf-8", errors="replace").splitlines() if job.log.exists() else []
-    lines = [line.strip() for line in said if line.strip()]
-    if code < 0:
-        reason = f"ended by {signal.Signals(-code).name}" + (", perhaps for want of memory" if -code == signal.SIGKILL else "")
-    else:
-        reason = lines[-1].removeprefix("error: ") if lines else f"ended with code {code} and no word"
-    return Failure(name=job.name, reason=reason, log=job.log)
-
-
-def _stop(processes: Sequence[BaseProcess]) -> None:
-    """Nothing; all have ended, having saved what they could."""
-    for process in processes:
-        process.terminate()
-    end = time.monotonic() + _PATIENCE_S
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-
-
-def stop_by_sigterm() -> None:
-    """For `on_sigterm`: raises `PreemptedError`."""
-    raise PreemptedError("stopped by SIGTERM; what is finished is kept, and the same command goes on")
+def run_jobs(jobs: Sequence[Job], processes: int, said: Said[Job], gpus: Sequence[str] = ()) -> list[Failure]:
+    """The failures, after all jobs have run; see `processes.run_works`."""
+    return run_works(jobs, processes, said, gpus, preload=("mvwan.ablation.outcomes", *TRAINING_MODULES))
 
 
 @contextmanager
@@ -169,12 +72,6 @@ def only_worker(folder: Path, *, wait: bool) -> Iterator[None]:
 
 
 # ── the job's own process ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def do(job: Job) -> None:
-    """Nothing; the product is there, after whoever is at work in the folder has ended."""
-    with only_worker(job.folder, wait=True):
-        write_json(job.product, {"key": job.key, **perform(job)})
 
 
 def perform(job: Job) -> dict[str, Any]:
@@ -245,44 +142,3 @@ def _peak_memory_mb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return peak_bytes() / 2**20
-
-
-def _work(job: Job, threads: int, gpu: str | None) -> None:
-    """Does the job in the process that was started for it, whose words go to the log; a mistake of the user is one line and code 2."""
-    import torch
-
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    if gpu is not None:
-        print(f"GPU {gpu}", flush=True)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; who started this asks it to stop in order
-    signal.signal(signal.SIGTERM, _leave)
-    _stop_when_left_alone()
-    torch.set_num_threads(threads)
-    try:
-        do(job)
-    except MvwanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except PreemptedError as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
-        sys.exit(PreemptedError.EXIT_CODE)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    sys.exit(PreemptedError.EXIT_CODE)
-
-
-def _stop_when_left_alone() -> None:
-    """Nothing; when whoever started this process is gone, it gets SIGTERM, as if it had been stopped in order."""
-    starter = multiprocessing.parent_process()
-    assert starter is not None, "jobs are started by another process"
-
-    def watch() -> None:
-        starter.join()  # not the process that this one was forked from, which lives as long as its forks
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()

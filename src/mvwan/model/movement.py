@@ -55,6 +55,12 @@ class MovementReport:
     frozen_tensors: int
     """Frozen tensors found unchanged, bit for bit."""
 
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> "MovementReport":
+        """What `to_json` gave."""
+        rows = tuple(GroupMovement(**row) for row in plain["groups"])
+        return cls(steps=plain["steps"], rows=rows, frozen_tensors=plain["frozen_tensors_unchanged"])
+
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, ready for `json.dumps`."""
         return {"steps": self.steps, "frozen_tensors_unchanged": self.frozen_tensors, "groups": [asdict(row) for row in self.rows]}
