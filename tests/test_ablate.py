@@ -24,7 +24,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mvwan import ablate, cli, flow
-from mvwan.ablate import as_many_as_fit, run_ablation
+from mvwan.ablate import run_ablation
 from mvwan.ablation.check import check_grid
 from mvwan.ablation.cluster import run_on_cluster
 from mvwan.ablation.grid import Grid, read_grid
@@ -39,6 +39,7 @@ from mvwan.presets import config_from_preset
 from mvwan.processes import Failure
 from mvwan.train_data import micro_batches
 from mvwan.training_module import HeatmapWanTrainingModule
+from mvwan.trainings import as_many_as_fit
 from tests.demonstrations import write_demonstrations
 from tests.kill_and_resume import small_run
 

@@ -38,11 +38,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_console_names_stages_tables_summary_and_report(made: tuple[Path, str]) -> None:
     output, printed = made
     stages = re.findall(r"^(\d+)\. (.+?) ─", printed, re.MULTILINE)
-    assert [number for number, _ in stages] == [str(number) for number in range(1, 10)]
+    assert [number for number, _ in stages] == [str(number) for number in range(1, 11)]
     assert [name.split()[0] for _, name in stages] == [
         "Record",
         "What",
         "Encode",
+        "Fine-tune,",
         "Fine-tune,",
         "Measure",
         "Measure",
@@ -105,7 +106,7 @@ def test_a_second_demo_repeats_nothing_and_another_length_only_what_depends_on_i
     kept = {path: path.stat().st_mtime_ns for name in ("demonstrations", "latents", "off", "on") for path in (output / name).rglob("*")}
     done = demo(output)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("finished earlier") == 7
+    assert done.stdout.count("finished earlier") == 8
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 

@@ -63,7 +63,7 @@ def test_a_second_call_repeats_nothing_and_other_settings_lose_nothing(made: tup
 def test_a_dry_run_names_every_stage_and_does_nothing(tmp_path: Path) -> None:
     done = reproduce(tmp_path / "new", "--dry-run")
     assert done.returncode == 0, done.stderr
-    for number, stage in enumerate(("Record", "Encode", "Train on", "Let the arm move", "Train on", "Let the arm move"), 1):
+    for number, stage in enumerate(("Record", "Encode", "Train on", "Train on", "Let the arm move", "Let the arm move"), 1):
         assert f"\n{number}. {stage}" in done.stdout
     assert f"first_layout {RESERVED_LAYOUTS}" in done.stdout
     assert not (tmp_path / "new").exists()

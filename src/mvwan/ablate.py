@@ -34,15 +34,12 @@ from mvwan.ablation.jobs import Job, only_worker, run_jobs
 from mvwan.ablation.rates import choose
 from mvwan.ablation.report import AblationResult, report_html, table_markdown
 from mvwan.ablation.statistics import Comparison, Measurement, Outcome, compare
-from mvwan.config import Config
 from mvwan.errors import MvwanError
 from mvwan.evaluate import load_prediction
 from mvwan.files import read_json, read_json_lines, sha256_json, whole_file, write_file, write_json
-from mvwan.memory import available_bytes, resident_bytes
 from mvwan.model.latents import codec_digest
-from mvwan.plan import GB, memory_of
 from mvwan.processes import Failure, visible_gpus
-from mvwan.step_trace import trace
+from mvwan.trainings import as_many_as_fit
 
 TABLE, COMPARISON, REPORT, RESULTS = "table.md", "comparison.json", "report.html", "results.parquet"
 OUTCOMES_FILE, PREDICTIONS_FILE = "outcomes.json", "predictions.json"
@@ -113,21 +110,6 @@ def run_ablation(
         predictions = _prediction_jobs(checked, chosen, done)
         failures += _run("predict", predictions, processes, console, run_all)
         return _compare(checked, chosen, done, [job for job in predictions if job.is_done], failures)
-
-
-def as_many_as_fit(configs: Sequence[Config], processes: int, console: Console) -> int:
-    """How many of `processes` runs main memory holds at a time, at least one; says so where that is fewer. On GPUs all of them."""
-    if visible_gpus():
-        return processes
-    alike = [replace(config, seed=0, train=replace(config.train, learning_rate=1.0)) for config in configs]
-    different = {sha256_json(config.to_dict()): config for config in alike}.values()
-    steps = [memory_of(trace(config, "cpu"), "one process", 1, config.train.ema_decay > 0).total for config in different]
-    needed, available = max(steps) + resident_bytes(), available_bytes()
-    fit = max(1, min(processes, int(available / needed)))
-    if fit < processes:
-        told = f"a run takes some {needed / GB:.1f} GB, {available / GB:.1f} GB are free"
-        console.print(f"{fit} at a time instead of {processes}: {told}", soft_wrap=True)
-    return fit
 
 
 _Runner = Callable[[Sequence[Job], int, Callable[[Job, str, Failure | None], None]], list[Failure]]

@@ -59,7 +59,7 @@ def reproduce(
     ] = 500,
     videos: Annotated[int, typer.Option("--videos", min=0, help="Filmed trials per task, run and control.")] = 1,
     seed: Annotated[int, typer.Option("--seed", help="Seed of everything random, and the first layout that is recorded.")] = 0,
-    processes: Annotated[int, typer.Option("--processes", min=1, help="Trials at the same time.")] = 2,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Trainings, then trials, at a time; one training per GPU.")] = 2,
     baseline: Annotated[Path, typer.Option("--baseline", help="Script of the baseline, for metaworld7-wide.")] = Path(
         "benchmarks/conv_baseline.py"
     ),

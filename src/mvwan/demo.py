@@ -4,23 +4,21 @@ A stage that `stages` finds finished is not repeated, and a training that was cu
 and no pixel.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mvwan.checkpoint import checkpoint_digest, latest_checkpoint, read_manifest
+from mvwan.checkpoint import checkpoint_digest
 from mvwan.config import Config
 from mvwan.data.dataset import WindowDataset, episodes_of
-from mvwan.errors import MvwanError
 from mvwan.evaluate import evaluate_prediction
 from mvwan.evaluation_table import FORMAT_VERSION, read_evaluation, render
-from mvwan.files import read_json, read_json_lines
+from mvwan.files import read_json
 from mvwan.latent_cache import build_cache
 from mvwan.model.latents import LatentCodec, codec_digest
 from mvwan.model.movement import MovementReport
@@ -29,11 +27,10 @@ from mvwan.model.trainable_table import compare, modulation_banner, multiview_ba
 from mvwan.model.wan import base_digest
 from mvwan.precision import has_fast_bfloat16
 from mvwan.presets import config_from_preset
-from mvwan.processes import TRAINING_MODULES, run_works
 from mvwan.report import write_report
 from mvwan.run_record import RunRecord, findings
 from mvwan.stages import Stages, prepare_folder
-from mvwan.train import train
+from mvwan.trainings import Training, train_side_by_side
 
 STEPS, STEPS_WITHOUT_BFLOAT16 = 400, 120
 """Of each run: what leaves the demo under ten minutes on two cores."""
@@ -93,17 +90,17 @@ def run_demo(
         lambda: _encode(configs["off"], latents),
         keep_stale=True,
     )
-    trainings = [_Training(label=label, config=config, folder=output / label) for label, config in configs.items()]
-    stages.run(
-        "Fine-tune, switch off and on, side by side",
-        {
-            "configs": {label: config.to_dict() for label, config in configs.items()},
-            "base": base_digest(source),
-            "start": checkpoint_digest(configs["off"].train.from_checkpoint),
-        },
-        [training.folder for training in trainings],
-        partial(_train_all, trainings, console),
-    )
+    trainings = {label: Training(name=f"switch {label}", config=config, folder=output / label) for label, config in configs.items()}
+    waiting = {}
+    for label, training in trainings.items():
+        start = checkpoint_digest(training.config.train.from_checkpoint)
+        settings = {"config": training.config.to_dict(), "base": base_digest(source), "start": start}
+        if stages.begin(f"Fine-tune, switch {label}", settings, training.folder):
+            waiting[training] = f"Fine-tune, switch {label}"
+    train_side_by_side(list(waiting), len(trainings), console, lambda training: stages.finish(waiting[training], training.cost))
+    for training in trainings.values():
+        if (movement := training.folder / "movement.json").is_file():
+            console.print(MovementReport.from_json(read_json(movement)).render(training.name))
     measured: Any = None
     for label in configs:
         measured_with = {"windows": windows, "denoise_steps": _DENOISE_STEPS, "seed": seed}
@@ -165,60 +162,6 @@ def _print_tables(configs: Mapping[str, Config], console: Console) -> None:
         console.print(modulation_banner(tables[label]) + multiview_banner(tables[label]), markup=False, soft_wrap=True)
         console.print(tables[label].render(f"Switch {label}"))
     console.print(compare(tables["off"], tables["on"]).render("Off and on, side by side"))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Training:
-    """One of the runs, in a process of its own: two of them on one thread each take half as long as one after the other on two."""
-
-    label: str
-    config: Config
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return f"switch {self.label}"
-
-    @property
-    def log(self) -> Path:
-        """What its process says."""
-        return self.folder / "train.log"
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps so far."""
-        lines = read_json_lines(self.folder / "metrics.jsonl")
-        return max((line["step"] for line in lines if line["kind"] == "train"), default=0)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether its last checkpoint is there."""
-        found = latest_checkpoint(self.folder)
-        return found is not None and read_manifest(found)["step"] == self.config.train.steps
-
-    def do(self) -> None:
-        """Nothing; it is trained, going on from its newest checkpoint."""
-        train(self.config, self.folder, resume=True)
-
-
-def _train_all(trainings: Sequence[_Training], console: Console) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bars = {training: progress.add_task(training.name, total=training.config.train.steps) for training in trainings}
-
-        def show() -> None:
-            for training, bar in bars.items():
-                progress.update(bar, completed=training.num_steps)
-
-        failures = run_works(trainings, len(trainings), lambda *_: None, preload=TRAINING_MODULES, meanwhile=show)
-    if failures:
-        raise MvwanError("; ".join(f"{failure.name}: {failure.reason} (all of it: {failure.log})" for failure in failures))
-    for training in trainings:
-        if (movement := training.folder / "movement.json").is_file():
-            table = MovementReport.from_json(read_json(movement)).render()
-            table.title = f"{table.title}, {training.name}"
-            console.print(table)
 
 
 def _encode(config: Config, latents: Path) -> None:

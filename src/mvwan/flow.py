@@ -166,8 +166,8 @@ def sigma_bands(flow: FlowConfig | None = None) -> tuple[tuple[float, float, str
     With `flow` the bands end where training does: a loss at noise that a run never sees says nothing of what it learned, and would
     choose the wrong checkpoint as the best.
     """
-    lowest, highest = (
-        (0.0, 1.0) if flow is None else warp(torch.tensor([flow.sigma_min, flow.sigma_max], dtype=torch.float64), flow.shift).tolist()
-    )
+    lowest, highest = 0.0, 1.0
+    if flow is not None:
+        lowest, highest = (float(warp(torch.tensor(edge, dtype=torch.float64), flow.shift)) for edge in (flow.sigma_min, flow.sigma_max))
     cut = [(max(low, lowest), min(high, highest)) for low, high in pairwise((0.0, 0.25, 0.5, 0.75, 1.0))]
     return tuple((low, high, f"{low:.2f}-{high:.2f}") for low, high in cut if low < high)

@@ -1,4 +1,4 @@
-"""What this process holds of main memory, and what is left of it, as Linux counts it. Knows nothing else."""
+"""What this process holds of main memory, and what is left of it, as Linux counts it; or of the accelerator. Knows nothing else."""
 
 import resource
 from pathlib import Path
@@ -16,6 +16,13 @@ def peak_bytes(*, children: bool = False) -> int:
     """
     of_children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     return max(_counted("VmHWM"), of_children) if children else _counted("VmHWM")
+
+
+def peak_memory_mb() -> float:
+    """The most that this process ever held: on the accelerator where there is one, else in main memory."""
+    import torch
+
+    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_bytes()) / 2**20
 
 
 def available_bytes() -> int:

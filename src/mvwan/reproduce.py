@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,11 @@ from mvwan.reproduce_table import markdown
 from mvwan.sim.metaworld import record
 from mvwan.stages import Stages, prepare_folder, remove
 from mvwan.suites import Label, Reproduction
-from mvwan.train import train
+from mvwan.trainings import Training, train_side_by_side
 
 FORMAT_VERSION = 1
 _PRODUCTS = ("results.md", "results.json")
+_OF_DATA = ("Record ", "Encode, ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,8 @@ class Stage:
     name: str
     settings: Mapping[str, Any]
     product: Path
-    work: Callable[[], Any]
+    work: Callable[[], Any] | Training
+    """What makes the product. Trainings that come one after another are run side by side."""
     after: str | None = None
     """Name of the stage it stands on; None: on none."""
     keep_stale: bool = False
@@ -57,8 +60,12 @@ class Stage:
 
 
 def plan_stages(wanted: Reproduction) -> list[Stage]:
-    """The stages in their order. Controls that do not depend on a run are tried beside the first one alone."""
-    return [stage for count in wanted.counts for stage in _stages_of(wanted, count)]
+    """The stages in their order: first all data, then all trainings, then all trials. Controls that do not depend on a run are tried
+    beside the first one alone."""
+    stages = [stage for count in wanted.counts for stage in _stages_of(wanted, count)]
+    data = [stage for stage in stages if stage.name.startswith(_OF_DATA)]
+    trainings = [stage for stage in stages if isinstance(stage.work, Training)]
+    return [*data, *trainings, *(stage for stage in stages if stage not in data and stage not in trainings)]
 
 
 def _stages_of(wanted: Reproduction, count: int) -> list[Stage]:
@@ -79,7 +86,7 @@ def _stages_of(wanted: Reproduction, count: int) -> list[Stage]:
         start = checkpoint_digest(config.train.from_checkpoint)
         fit = {"config": config.to_dict(), "base": base_digest(config.base.source), "start": start}
         name, run = f"{of}, switch {label}", folder / label
-        work = partial(train, config, run, resume=True)
+        work = Training(name=name, config=config, folder=run)
         stages.append(Stage(name=_training_of(count, label), settings=fit, product=run, work=work, after=encode.name, is_costly=True))
         policies = policies_beside(wanted, count, label)
         work = partial(_try, wanted, run, policies)
@@ -190,15 +197,30 @@ def run_reproduction(wanted: Reproduction, *, fresh: bool = False, console: Cons
                 f"{stage.product}: made with other settings ({stage.name}). Choose another --output, or remove everything with --fresh."
             )
     path = wanted.output / "results.md"
-    for stage in planned:
-        stages.run(stage.name, stage.settings, stage.product, stage.work, stage.keep_stale, after=keys[stage.after])
-        if stage.product.name == "closed_loop.json":
-            console.print(render(read_json(stage.product)))
-            result = collect(wanted, stages.costs, [stage.name for stage in planned])
-            write_json(wanted.output / "results.json", result)
-            write_file(path, markdown(result))
+    for are_trainings, group in groupby(planned, lambda stage: isinstance(stage.work, Training)):
+        if are_trainings:
+            _train_all(list(group), stages, keys, wanted.processes, console)
+            continue
+        for stage in group:
+            assert not isinstance(stage.work, Training)
+            stages.run(stage.name, stage.settings, stage.product, stage.work, stage.keep_stale, after=keys[stage.after])
+            if stage.product.name == "closed_loop.json":
+                console.print(render(read_json(stage.product)))
+                result = collect(wanted, stages.costs, [stage.name for stage in planned])
+                write_json(wanted.output / "results.json", result)
+                write_file(path, markdown(result))
     console.print(f"results: {path}", soft_wrap=True)
     return path
+
+
+def _train_all(group: Sequence[Stage], stages: Stages, keys: Mapping[str | None, str], processes: int, console: Console) -> None:
+    waiting: dict[Training, Stage] = {}
+    for stage in group:
+        if stages.begin(stage.name, stage.settings, stage.product, stage.keep_stale, keys[stage.after]):
+            assert isinstance(stage.work, Training)
+            waiting[stage.work] = stage
+    at_a_time = min(processes, len(group))  # also when some are finished: sums over more threads round otherwise
+    train_side_by_side(list(waiting), at_a_time, console, lambda training: stages.finish(waiting[training].name, training.cost))
 
 
 def describe(wanted: Reproduction) -> str:

@@ -6,7 +6,7 @@ settings and those of the stages it stands on stay the same. Knows nothing of wh
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Stages:
         self._known: dict[str, dict[str, Any]] = read_json(self._path) if self._path.is_file() else {}
         self._key = self.start = sha256_json(mvwan.__version__)
         self._number = 0
+        self._begun: dict[str, dict[str, Any]] = {}
+        self._start = time.monotonic()
         self.costs: dict[str, dict[str, Any]] = {}
         """Stage -> `seconds` it took when it was done, now or earlier, the `attempts` it took (`seconds` are the last one's), and the
         `peak_memory_mb` of the command and its processes until then."""
@@ -57,37 +59,45 @@ class Stages:
         self,
         name: str,
         settings: Mapping[str, Any],
-        product: Path | Sequence[Path],
+        product: Path,
         work: Callable[[], Any],
         keep_stale: bool = False,
         after: str | None = None,
     ) -> None:
-        """Does `work`, which makes `product` (one or several), unless that is finished already from these settings.
+        """Does `work`, which makes `product`, unless that is finished already from these settings.
 
         It stands on the stage of key `after` and on those that one stands on, or on `start` alone; None: on the stage before. What an
         unfinished attempt with the same settings left is kept for `work` to go on with; what other settings left is removed first,
         unless `keep_stale`.
         """
-        products = [product] if isinstance(product, Path) else product
+        if self.begin(name, settings, product, keep_stale, after):
+            work()
+            self.finish(name)
+
+    def begin(self, name: str, settings: Mapping[str, Any], product: Path, keep_stale: bool = False, after: str | None = None) -> bool:
+        """Whether the stage is to be done, as `run` decides it; the caller does, and then calls `finish`."""
         self.heading(name)
         key = self._key = self.key_of(name, settings, after or self._key)
         found = self._known.get(name, {})
         is_same = found.get("key") == key
-        if is_same and found["is_finished"] and all(one.exists() for one in products):
+        if is_same and found["is_finished"] and product.exists():
             self.costs[name] = {cost: found[cost] for cost in ("seconds", "attempts", "peak_memory_mb") if cost in found}
-            self._console.print(f"[dim]finished earlier, in {found['seconds']:.1f} s: {', '.join(map(str, products))}")
-            return
+            self._console.print(f"[dim]finished earlier, in {found['seconds']:.1f} s: {product}")
+            return False
         if not is_same and not keep_stale:
-            for one in products:
-                remove(one)
+            remove(product)
         attempts = found.get("attempts", 1) + 1 if is_same and not found["is_finished"] else 1
-        self._remember(name, {"key": key, "is_finished": False, "attempts": attempts})
-        start = time.monotonic()
-        work()
-        seconds = round(time.monotonic() - start, 1)
-        self.costs[name] = {"seconds": seconds, "attempts": attempts, "peak_memory_mb": peak_bytes(children=True) // 2**20}
-        self._remember(name, {"key": key, "is_finished": True, **self.costs[name]})
-        self._console.print(f"[dim]{seconds:.1f} s")
+        self._begun[name] = {"key": key, "is_finished": False, "attempts": attempts}
+        self._remember(name, self._begun[name])
+        self._start = time.monotonic()
+        return True
+
+    def finish(self, name: str, cost: Mapping[str, float] | None = None) -> None:
+        """Nothing; a stage that was begun is finished. `cost` has its `seconds` and `peak_memory_mb`; None: since the last `begin`."""
+        measured = {"seconds": round(time.monotonic() - self._start, 1), "peak_memory_mb": peak_bytes(children=True) // 2**20}
+        self.costs[name] = {"attempts": self._begun[name]["attempts"], **(cost or measured)}
+        self._remember(name, {**self._begun[name], "is_finished": True, **self.costs[name]})
+        self._console.print(f"[dim]{f'{name}: ' if cost else ''}{self.costs[name]['seconds']:.1f} s")
 
     def _remember(self, name: str, line: dict[str, Any]) -> None:
         self._known[name] = line

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from mvwan.config import Config
 from mvwan.errors import MvwanError
 from mvwan.files import read_json, write_json
-from mvwan.memory import peak_bytes
+from mvwan.memory import peak_memory_mb
 from mvwan.processes import TRAINING_MODULES, Failure, Said, run_works
 
 Kind = Literal["encode", "train", "predict"]
@@ -112,7 +112,7 @@ def _train(job: Job, windows: Any) -> dict[str, Any]:
     trained = job.folder / "trained.json"
     if not trained.is_file() or read_json(trained).get("key") != job.key:
         train(job.config, job.folder, resume=True, accept_trainable_change=accept)
-        write_json(trained, {"key": job.key, "peak_memory_mb": _peak_memory_mb()})
+        write_json(trained, {"key": job.key, "peak_memory_mb": peak_memory_mb()})
     caches = {split: open_cache(job.config, job.config.data.cache, each) for split, each in windows.items()}
     config = settle(job.config)
     rows = velocity_losses(job.folder, config, caches, job.options["windows"], job.options["rgb_weight"])
@@ -133,12 +133,3 @@ def _predict(job: Job, windows: Any) -> dict[str, Any]:
         tried, rates = trial_outcomes(job.folder, **{name: options[name] for name in names})
         rows += tried
     return {"rows": [asdict(row) for row in rows], "success_rates": rates}
-
-
-def _peak_memory_mb() -> float:
-    """The most that this process ever held: on the accelerator where there is one, else in main memory."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return peak_bytes() / 2**20

@@ -65,10 +65,11 @@ class MovementReport:
         """Plain dicts, lists and numbers, ready for `json.dumps`."""
         return {"steps": self.steps, "frozen_tensors_unchanged": self.frozen_tensors, "groups": [asdict(row) for row in self.rows]}
 
-    def render(self) -> Table:
-        """A rich table for `Console.print`."""
+    def render(self, whose: str = "") -> Table:
+        """A rich table for `Console.print`; `whose` is for its title."""
         caption = f"{self.frozen_tensors:,} frozen tensors unchanged, bit for bit"
-        table = Table(title=f"Movement after {self.steps} steps", title_justify="left", caption=caption, caption_justify="left")
+        title = f"Movement after {self.steps} steps{', ' if whose else ''}{whose}"
+        table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
         for column in ("group", "relative change", "change from zero", "gradient norm", "tensors moved"):
             table.add_column(column, justify="left" if column == "group" else "right", no_wrap=True)
         for row in self.rows:
