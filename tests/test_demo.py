@@ -82,7 +82,7 @@ def test_report_is_whole_and_needs_no_network(made: tuple[Path, str]) -> None:
     assert moved["on"] - moved["off"] == {"modulation", "mvs_norms"}
     assert page.figures[2]["data"][0]["x"] == [1, 2]
     assert "1 held-out window of 1 episode" in page.text
-    assert "drawer-open-v3" in page.text
+    assert "handle-press-v3" in page.text
 
 
 def test_both_runs_start_from_the_same_numbers_and_share_one_cache(made: tuple[Path, str]) -> None:

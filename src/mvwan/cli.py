@@ -400,7 +400,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", help="Folder of the demo; finished stages in it are not repeated.")] = Path(
         "runs/demo"
     ),
-    task: Annotated[str, typer.Option("--task", help="Meta-World task.")] = "drawer-open-v3",
+    task: Annotated[str, typer.Option("--task", help="Meta-World task.")] = "handle-press-v3",
     episodes: Annotated[int, typer.Option("--episodes", min=2, help="Demonstrations; a fifth is held out.")] = 10,
     steps: Annotated[
         int | None,
@@ -409,7 +409,7 @@ def demo(
         ),
     ] = None,
     windows: Annotated[int, typer.Option("--windows", min=1, help="Held-out windows that are measured, at most.")] = 8,
-    trials: Annotated[int, typer.Option("--trials", min=0, help="Closed-loop trials of each run and control; 0: none.")] = 2,
+    trials: Annotated[int, typer.Option("--trials", min=0, help="Closed-loop trials of each run and control; 0: none.")] = 4,
     seed: Seed = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove what an earlier demo left in the folder first.")] = False,
 ) -> None:
