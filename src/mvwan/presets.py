@@ -89,7 +89,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     ),
     # The tiny Wan on a laptop's CPU, in minutes.
     "tiny": _TINY,
-    # The tiny Wan learns, from many tasks, to see with several cameras and to track: 40 minutes of training on two cores.
+    # The tiny Wan learns, from many tasks, to see with several cameras and to track: an hour or more of training on two cores.
     "tiny-pretrain": merge(
         _TINY,
         {
