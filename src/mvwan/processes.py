@@ -63,13 +63,12 @@ class Failure:
 
 
 W = TypeVar("W", bound=Work)
-Said = Callable[[W, str, Failure | None], None]
 
 
 def run_works(
     works: Sequence[W],
     processes: int,
-    said: Said[W],
+    said: Callable[[W, str, Failure | None], None],
     gpus: Sequence[str] = (),
     *,
     preload: Sequence[str],

@@ -3,7 +3,7 @@ at a time; the words of a job are in its `<kind>.log`. Knows no grid.
 """
 
 import fcntl
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from mvwan.config import Config
 from mvwan.errors import MvwanError
 from mvwan.files import read_json, write_json
 from mvwan.memory import peak_memory_mb
-from mvwan.processes import TRAINING_MODULES, Failure, Said, run_works
+from mvwan.processes import TRAINING_MODULES, Failure, run_works
 
 Kind = Literal["encode", "train", "predict"]
 
@@ -54,7 +54,9 @@ class Job:
             return False
 
 
-def run_jobs(jobs: Sequence[Job], processes: int, said: Said[Job], gpus: Sequence[str] = ()) -> list[Failure]:
+def run_jobs(
+    jobs: Sequence[Job], processes: int, said: Callable[[Job, str, Failure | None], None], gpus: Sequence[str] = ()
+) -> list[Failure]:
     """The failures, after all jobs have run; see `processes.run_works`."""
     return run_works(jobs, processes, said, gpus, preload=("mvwan.ablation.outcomes", *TRAINING_MODULES))
 
