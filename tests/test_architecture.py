@@ -57,6 +57,7 @@ FLOORS: dict[float, tuple[str, ...]] = {
         "data.rlbench",
         "data.trail",
         "data.transforms",
+        "heat_reader",
         "model.quantized",
         "model.trainable",
         "model.wan",

@@ -6,6 +6,7 @@
         step-000500/                appears whole, by one rename
             trained.safetensors     the trained tensors by parameter name (`….lora_A.default.weight`), float32
             ema.safetensors         their moving average, when there is one
+            heat_reader.safetensors `heat_reader.HeatReader.tensors`, when the run has one: frozen, and the same in all its checkpoints
             optimizer.safetensors   `<moment>/<name>`, by `trainable_table.moment_shapes`
             state.json              step, updates per group; schedule, data order, sigma and noise are functions of (seed, step, sample)
             manifest.json           base and its digest, views, fusion, action head, groups with names, counts and digests, held-out
@@ -53,6 +54,7 @@ SHIPPED = {"tiny-tracking": Path(__file__).parent / "assets" / "tiny-tracking"}
 FORMAT_VERSION = 1
 OLDER_SYSTEM = 0
 LATEST, BEST = "latest", "best"
+READER = "heat_reader.safetensors"
 TRAINED, EMA, OPTIMIZER, STATE, MANIFEST = "trained.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _VERSIONED = ("mvwan", "torch", "diffusers", "peft", "accelerate", "safetensors")
 _NEEDED = {"format_version": int, "base": dict, "views": int, "fusion": str, "groups": dict, "lora": dict, "step": int, "config": dict}
@@ -83,6 +85,7 @@ def save_checkpoint(
     ema: Mapping[str, torch.Tensor] | None = None,
     keep_last: int = 0,
     keep_best: bool = False,
+    reader: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """The new folder, whole on the disk; older ones beyond `keep_last` (0: none) are removed afterwards, but for the best if it is kept.
 
@@ -102,6 +105,8 @@ def save_checkpoint(
         write_tensors(partial / OPTIMIZER, optimizer_state)
         if ema is not None:
             write_tensors(partial / EMA, ema)
+        if reader is not None:
+            write_tensors(partial / READER, reader)
         write_json(partial / STATE, {"step": step, **state})
         content = {
             "format_version": FORMAT_VERSION,
@@ -121,12 +126,15 @@ def share_checkpoint(found: Path, output: Path, ema: bool = False) -> Path:
     """The new folder `output`: the checkpoint folder `found` without optimizer state and with one set of tensors, the trained ones or
     (`ema`) their moving average. All that a run needs to start from it or to predict with it, in a third of the bytes or less."""
     tensors, manifest = load_trained(found, ema=ema)
+    reader = read_heat_reader(found)
     with whole_directory(output) as partial:
         write_tensors(partial / TRAINED, tensors)
+        if reader is not None:
+            write_tensors(partial / READER, reader)
         content = {
             **manifest,
             "groups": {name: _group_entry(group, tensors) for name, group in manifest["groups"].items()},
-            "files": {TRAINED: sha256_file(partial / TRAINED)},
+            "files": {path.name: sha256_file(path) for path in sorted(partial.iterdir())},
         }
         write_json(partial / MANIFEST, content)
         mark_committed(partial, sha256_file(partial / MANIFEST) + "\n")
@@ -345,6 +353,18 @@ def read_optimizer(path: str | Path) -> tuple[TensorFile, dict[str, Any]]:
     if not isinstance(updates, dict) or not all(_is_count(count) for count in updates.values()):
         raise _damaged(folder / STATE, "it has no usable count of updates per group")
     return tensors, state
+
+
+def read_heat_reader(path: str | Path) -> TensorFile | None:
+    """The tensors of the run's heat reader in a checkpoint folder, None where it has none. Raises `MvwanError` when they are damaged."""
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if READER not in manifest["files"]:
+        return None
+    tensors = _load_checked(folder, READER, manifest)
+    if tensors.keys() != {"weight", "bias"} or set(tensors.dtypes.values()) != {"float32"}:
+        raise _damaged(folder / READER, "it holds no float32 weight and bias")
+    return tensors
 
 
 def _is_count(value: Any) -> bool:

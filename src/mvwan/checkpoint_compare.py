@@ -16,10 +16,12 @@ from mvwan.checkpoint import (
     EMA,
     OLDER_SYSTEM,
     OPTIMIZER,
+    READER,
     TRAINED,
     Trained,
     find_checkpoint,
     load_trained,
+    read_heat_reader,
     read_manifest,
     read_optimizer,
 )
@@ -72,6 +74,8 @@ def verify_checkpoint(path: str | Path) -> tuple[Path, str]:
         optimizer = manifest["config"].get("train", {}).get("optimizer", "adamw")  # which had no name at first
         moments = {moment: shape for name in trains for moment, shape in moment_shapes(optimizer, name, shapes[name]).items()}
         _check_names(found / OPTIMIZER, held[OPTIMIZER].shapes, moments)
+    if (reader := read_heat_reader(found)) is not None:
+        held[READER] = reader
     for name, file in held.items():
         _check_finite(found / name, file)
     count, num_files = sum(len(file) for file in held.values()), len(manifest["files"])

@@ -29,10 +29,11 @@ class CheckpointWriter:
         optimizer_state: Mapping[str, torch.Tensor],
         state: Mapping[str, Any],
         ema: Mapping[str, torch.Tensor] | None,
+        reader: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Nothing; the checkpoint is on the disk, or will be: `wait` tells. An earlier save is finished first; what it raised comes."""
         self.wait()
-        content: dict[str, Any] = {"step": step, "manifest": manifest, "state": state}
+        content: dict[str, Any] = {"step": step, "manifest": manifest, "state": state, "reader": reader}
         named = {"tensors": tensors, "optimizer_state": optimizer_state, "ema": ema}
         if self._pool is None:
             self._write(**content, **named)

@@ -29,6 +29,8 @@ from mvwan.cli_settings import (
     Dataset,
     DenoiseSteps,
     Fusion,
+    HeatFrom,
+    HeatSource,
     Kernel,
     Layouts,
     Preset,
@@ -275,6 +277,7 @@ def sample(
     attention: Annotated[
         Kernel, typer.Option("--attention", help="Kernel that attends; refused with the reason where it cannot run.")
     ] = Kernel.auto,
+    heat_from: HeatSource = HeatFrom.auto,
     context_parallel: Annotated[
         bool,
         typer.Option(
@@ -283,7 +286,7 @@ def sample(
     ] = False,
 ) -> None:
     """Predict what follows the first pictures of a held-out window, or your own: videos, a sheet of pictures, the 3-D path."""
-    steps: dict[str, Any] = {"denoise_steps": denoise_steps, "seed": seed, "attention": attention.value}
+    steps: dict[str, Any] = {"denoise_steps": denoise_steps, "seed": seed, "attention": attention.value, "heat_from": heat_from.value}
     if context_parallel:
         from mvwan.strategy import join_for_prediction
 
@@ -325,6 +328,7 @@ def evaluate(
     dataset: Dataset = None,
     windows: Annotated[int, typer.Option("--windows", min=0, help="Held-out windows at most, spread evenly; 0: closed loop only.")] = 16,
     denoise_steps: DenoiseSteps = 5,
+    heat_from: HeatSource = HeatFrom.auto,
     seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option("--output", help="JSON file; not given: evaluation.json in the run.", show_default=False)
@@ -385,6 +389,7 @@ def evaluate(
             denoise_steps=denoise_steps,
             seed=seed,
             output=output,
+            heat_from=heat_from.value,
             progress=True,
         )
         console().print(render(result))

@@ -41,6 +41,13 @@ class Kernel(StrEnum):
     xformers = "xformers"
 
 
+class HeatFrom(StrEnum):
+    """What makes heat of latents."""
+
+    auto = "auto"
+    vae = "vae"
+
+
 class Fusion(StrEnum):
     """How RGB and heatmap share the network."""
 
@@ -72,6 +79,9 @@ Switch = Annotated[
         help=f"Train the AdaLN modulation and view attention's norms as well. Not given: ${SWITCH_VARIABLE}, or the settings.",
         show_default=False,
     ),
+]
+HeatSource = Annotated[
+    HeatFrom, typer.Option("--heat-from", help="What makes heat of latents: the run's heat reader where it has one (auto), or the VAE.")
 ]
 Preset = Annotated[str, typer.Option("--preset", help=f"Named settings to start from: {', '.join(PRESETS)}.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file laid over the preset.", show_default=False)]

@@ -268,6 +268,9 @@ class TrainConfig:
     """After the warm-up."""
     rgb_weight: float = 0.5
     """w in w * rgb + (1 - w) * heat."""
+    heat_reader_weight: float = 0.0
+    """w in heat + w * (squared error of the heat that one linear layer reads from the latents): above 0 that layer is fitted before the
+    first step, and predictions read their heat with it instead of the VAE."""
     action_weight: float = 0.1
     """w in w * (gripper + rotation), which `model.action_head` adds to the loss."""
     precision: Annotated[Literal["auto", "bf16", "no"], BeforeValidator(lambda value: "no" if value is False else value)] = "auto"
@@ -306,6 +309,7 @@ class TrainConfig:
             _positive(f"train.{name}", getattr(self, name))
         for name in (
             "weight_decay",
+            "heat_reader_weight",
             "max_gradient_norm",
             "warmup_steps",
             "keep_last",

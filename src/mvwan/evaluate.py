@@ -27,7 +27,8 @@ from mvwan.files import sha256_json, whole_file, write_json
 from mvwan.metrics import Tally
 from mvwan.model.context_parallel import TokenSplit
 from mvwan.prediction_files import Truth, check_place, read_cameras, read_pictures, write_prediction
-from mvwan.sample import LoadedRun, load_run, predict
+from mvwan.sample import HeatFrom, LoadedRun, load_run, predict, videos_of
+from mvwan.tensors import digest
 from mvwan.trajectory import lift
 
 PCK_SHARE = 0.05
@@ -102,22 +103,24 @@ def evaluate_prediction(
     output: str | Path | None = None,
     keep: int = 0,
     codec_from: Mapping[str, Any] | None = None,
+    heat_from: HeatFrom = "auto",
     progress: bool = False,
 ) -> dict[str, Any]:
     """Measures as plain dicts, also written to `output` (None: `evaluation.json` in the run's folder, with the names of `cameras` in it).
 
     `cameras` names those to look through, as in `seen_by`. At most `windows` held-out windows, spread evenly. `keep` of them, spread
     evenly too, are stored as `predictions/NN.npz` beside the JSON, for pictures. `codec_from` is an earlier result: its codec
-    column is taken over when codec and windows are the same. `progress` shows a bar on stderr.
+    column is taken over when codec and windows are the same. `heat_from` is that of `load_run`. `progress` shows a bar on stderr.
     """
     started = time.monotonic()
-    loaded = seen_by(run if isinstance(run, LoadedRun) else load_run(run), cameras)
+    loaded = seen_by(run if isinstance(run, LoadedRun) else load_run(run, heat_from=heat_from), cameras)
     held_out = held_out_windows(loaded, dataset)
     chosen = spread(len(held_out), windows)
     kept = {chosen[place] for place in spread(len(chosen), keep)}
     name = "_".join(["evaluation", *(cameras or ())]) + ".json"
     target = Path(output) if output is not None else loaded.checkpoint.parents[1] / name
-    codec_key = sha256_json([loaded.codec.digest, loaded.config.data.heatmap_sigma_px, *map(held_out.sample_fingerprint, chosen)])
+    reader = None if loaded.reader is None else digest(loaded.reader.tensors)
+    codec_key = sha256_json([loaded.codec.digest, reader, loaded.config.data.heatmap_sigma_px, *map(held_out.sample_fingerprint, chosen)])
     known_codec = codec_from["measures"]["codec"] if codec_from is not None and codec_from["codec_key"] == codec_key else None
     nearest = _nearest(loaded)
     tallies: Tallies = {source: {} for source in SOURCES}
@@ -147,6 +150,7 @@ def evaluate_prediction(
         "step": loaded.step,
         "unfreeze_modulation_and_norms": loaded.config.unfreeze_modulation_and_norms,
         "denoise_steps": denoise_steps,
+        "heat_from": "vae" if loaded.reader is None else "reader",
         "seed": seed,
         "num_windows": len(rows),
         "damaged_windows": len(chosen) - len(rows),
@@ -236,11 +240,12 @@ def measure_answer(sample: Sample, answer: Answer, held: Answer, given: int) -> 
 
 
 def _through_codec(run: LoadedRun, sample: Sample) -> Answer:
-    """The true videos after encoding and decoding."""
+    """The true videos after encoding, and decoding or reading as predictions are."""
     heat = heat_video(sample, run.config.data.heatmap_sigma_px)
-    decoded = run.codec.decode_video(run.codec.encode_video(np.concatenate([sample.rgb, heat])))
-    rgb, heat = np.split(decoded, 2)
-    seen = heatmaps.uncolour(heat)
+    latents = run.codec.encode_video(np.concatenate([sample.rgb, heat]))
+    rgb_latents, heat_latents = latents.chunk(2)
+    rgb, seen = videos_of(rgb_latents, heat_latents, run.codec, run.reader)
+    assert rgb is not None
     uv_px, confidence = heatmaps.peak(seen)
     return Answer(rgb=rgb, uv_px=_seen(uv_px, confidence), point_m=lift(uv_px, confidence, sample.cameras, seen)[0])
 
@@ -333,6 +338,7 @@ def sample_window(
     denoise_steps: int = 5,
     seed: int = 0,
     attention: Attention = "auto",
+    heat_from: HeatFrom = "auto",
     split: TokenSplit | None = None,
     device: str | torch.device | None = None,
 ) -> list[Path]:
@@ -340,7 +346,7 @@ def sample_window(
 
     With `split` several processes make it together, and the first one writes.
     """
-    loaded = load_run(run, device, attention=attention, split=split)
+    loaded = load_run(run, device, attention=attention, split=split, heat_from=heat_from)
     held_out = held_out_windows(loaded, dataset)
     if window >= len(held_out):
         raise MvwanError(f"--window {window}: there are {len(held_out)} held-out windows, 0 to {len(held_out) - 1}")
@@ -365,6 +371,7 @@ def sample_pictures(
     denoise_steps: int = 5,
     seed: int = 0,
     attention: Attention = "auto",
+    heat_from: HeatFrom = "auto",
     split: TokenSplit | None = None,
     device: str | torch.device | None = None,
 ) -> list[Path]:
@@ -378,7 +385,7 @@ def sample_pictures(
         raise MvwanError("--prompt is empty. Say what the robot shall do.")
     recorded_by = read_cameras(cameras)
     check_place(output, recorded_by)
-    loaded = load_run(run, device, attention=attention, split=split)
+    loaded = load_run(run, device, attention=attention, split=split, heat_from=heat_from)
     data, views = loaded.config.data, loaded.config.model.views
     if len(recorded_by) != views and loaded.config.model.view_code != "camera":
         raise MvwanError(

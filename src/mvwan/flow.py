@@ -12,7 +12,7 @@ Source: Lipman et al., arXiv 2210.02747, eq. 20-23 (with time reversed); shift: 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -108,18 +108,28 @@ def stream_counts(latents_shape: Sequence[int], heat_valid: torch.Tensor, condit
     return rgb, heat
 
 
-def stream_losses(velocity: torch.Tensor, target: torch.Tensor, heat_valid: torch.Tensor, condition_frames: int) -> StreamSums:
+def stream_losses(
+    velocity: torch.Tensor,
+    target: torch.Tensor,
+    heat_valid: torch.Tensor,
+    condition_frames: int,
+    also_of_heat: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> StreamSums:
     """Squared errors summed over what counts. `velocity`, `target` [B V 2C f h w], RGB channels first; `heat_valid` [B V f] bool.
 
     Given frames are in no sum, heat frames that are not valid in no heat sum. Computed in float32. Of actions it counts nothing.
+    `also_of_heat` makes of the heat error [B V C f h w], 0 where it does not count, what is added to `heat_sum` [B].
     """
     rgb, heat = (velocity[:, :, :, condition_frames:].float() - target[:, :, :, condition_frames:].float()).chunk(2, dim=2)
     kept = heat_valid[:, :, None, condition_frames:, None, None]
     rgb_count, heat_count = stream_counts(velocity.shape, heat_valid, condition_frames)
     every = (1, 2, 3, 4, 5)
     heat = torch.where(kept, heat, torch.zeros_like(heat))
+    heat_sum = heat.square().sum(dim=every)
+    if also_of_heat is not None:
+        heat_sum = heat_sum + also_of_heat(heat)
     none = rgb.new_zeros(len(rgb)), torch.zeros_like(rgb_count)
-    return StreamSums(rgb.square().sum(dim=every), rgb_count, heat.square().sum(dim=every), heat_count, *none, *none)
+    return StreamSums(rgb.square().sum(dim=every), rgb_count, heat_sum, heat_count, *none, *none)
 
 
 def total_loss(

@@ -162,6 +162,10 @@ class LatentCache:
         place = int(self._places[item])
         return read_entry(self._keys.file(item), WINDOW) if place == _IN_A_FILE else self._shards.read(place)
 
+    def heat(self, item: int) -> torch.Tensor:
+        """[V C f h w] float32 latents of the heatmaps of one item. `MvwanError` when its entry is damaged."""
+        return self._read(item)["heat"].float()
+
     def batch(self, items: Sequence[int], with_rays: bool = False) -> Batch:
         """The items as one batch on the CPU, with the rays of their cameras on request. `MvwanError` for an entry that is damaged."""
         entries, dataset = [self._read(item) for item in items], self.dataset

@@ -41,6 +41,9 @@ _TINY: dict[str, Any] = {
 _HIGH_NOISE = {"sigma_min": 0.6}
 """Where a tiny Wan learns what comes; below it copies what shows through the noise. Predictions stay above too (`flow.euler_sigmas`)."""
 
+_READER = 100.0
+"""Cells of heat are mostly blank, so the error of what is read is some hundredth of that of the latents."""
+
 _FINETUNE: dict[str, Any] = {
     "base": {"source": "wan2.2-ti2v-5b", "dtype": "bfloat16"},
     "model": {"gradient_checkpointing": True},
@@ -103,6 +106,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
                 "adam_betas": (0.9, 0.99),
                 "warmup_steps": 50,
                 "rgb_weight": 0.2,
+                "heat_reader_weight": _READER,
                 "save_every": 250,
                 "evaluate_every": 250,
             },
@@ -120,6 +124,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
                 "learning_rate": 2e-3,
                 "adam_betas": (0.9, 0.99),
                 "rgb_weight": 0.2,
+                "heat_reader_weight": _READER,
             },
         },
     ),

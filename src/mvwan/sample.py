@@ -18,9 +18,10 @@ from mvwan import flow, heatmaps
 from mvwan.actions import read_out
 from mvwan.batch import Prediction, camera_rays
 from mvwan.cameras import Camera
-from mvwan.checkpoint import find_checkpoint, read_manifest
+from mvwan.checkpoint import find_checkpoint, read_heat_reader, read_manifest
 from mvwan.config import Attention, Config
 from mvwan.errors import MvwanError
+from mvwan.heat_reader import HeatReader
 from mvwan.model import surgery
 from mvwan.model.attention import check_attention
 from mvwan.model.context_parallel import TokenSplit
@@ -30,6 +31,8 @@ from mvwan.model.quantized import quantize_frozen
 from mvwan.precision import default_device, has_fast_bfloat16
 from mvwan.shapes import check_picture_size, latent_size, num_frames_of, num_latent_frames, num_tokens
 from mvwan.trajectory import lift
+
+HeatFrom = Literal["auto", "vae"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,6 +45,8 @@ class LoadedRun:
     """Settings of the training run."""
     checkpoint: Path
     step: int
+    reader: HeatReader | None = None
+    """Reads heat from latents in place of the VAE; None: the VAE decodes it."""
 
 
 def load_run(
@@ -50,13 +55,15 @@ def load_run(
     ema: bool = False,
     attention: Attention = "auto",
     split: TokenSplit | None = None,
+    heat_from: HeatFrom = "auto",
 ) -> LoadedRun:
     """The newest checkpoint of the run in folder `path` (or the checkpoint folder itself), ready to predict on `device`.
 
     None is the accelerator, or the processor where there is none; the text encoder, which reads one prompt, stays on the processor.
     Where `device` is slow with bfloat16 products are in float32, and `config` says so. `attention` is the kernel that attends, whatever
     training used; the frozen weights are stored in as few bits as in training. With `split` several processes, each of which calls this
-    and then `predict` with the same arguments, compute one prediction together.
+    and then `predict` with the same arguments, compute one prediction together. `heat_from` says what makes heat of latents: the run's heat
+    reader where it has one (`auto`), or the `vae`.
 
     Raises `MvwanError` when there is none, when it is damaged, when its base is not the one it was trained on, or when this machine
     lacks what `attention` or the run's `base.quantize` needs.
@@ -84,7 +91,9 @@ def load_run(
         config = replace(config, train=replace(config.train, precision="no"))
     codec = LatentCodec.load(config.base.codec or config.base.source, config.data.text_tokens)
     codec.vae.to(device)
-    return LoadedRun(model=model, codec=codec, config=config, checkpoint=folder, step=manifest["step"])
+    found = None if heat_from == "vae" else read_heat_reader(folder)
+    reader = None if found is None else HeatReader(**found).to(device)
+    return LoadedRun(model=model, codec=codec, config=config, checkpoint=folder, step=manifest["step"], reader=reader)
 
 
 def predict(
@@ -115,6 +124,7 @@ def predict(
     that do not fit.
     """
     run = load_run(run_or_model) if isinstance(run_or_model, (str, Path)) else run_or_model
+    reader = run.reader if isinstance(run, LoadedRun) else None
     if isinstance(run, LoadedRun):
         model, codec, config = run.model, codec or run.codec, config or run.config
         _check_size(images, config)
@@ -150,12 +160,24 @@ def predict(
         view_names=[camera.name for camera in cameras] if model.view_code == "camera" else None,
     )
     rgb_latents, heat_latents = latents[0].chunk(2, dim=1)
-    if heat_only:
-        rgb, heat_rgb = given, codec.decode_video(heat_latents)
-    else:
-        rgb, heat_rgb = np.split(codec.decode_video(torch.cat([rgb_latents, heat_latents])), 2)
+    decoded, found_heat = videos_of(None if heat_only else rgb_latents, heat_latents, codec, reader)
     actions = _actions(logits, num_frames, given.shape[1], gripper_open)
-    return _prediction(rgb, heat_rgb, given, heat, cameras, prompt, *actions)
+    return _prediction(given if decoded is None else decoded, found_heat, given, heat, cameras, prompt, *actions)
+
+
+def videos_of(
+    rgb: torch.Tensor | None, heat: torch.Tensor, codec: LatentCodec, reader: HeatReader | None
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """(pictures [V F H W 3] uint8, heat [V F H W] in 0..1) of latents [V C f h w]; no pictures for no RGB latents.
+
+    Heat comes from `reader`, whose first picture, which is a given one, is blank; or through the VAE, where that is None.
+    """
+    asked = [latents for latents in (rgb, heat if reader is None else None) if latents is not None]
+    decoded = np.split(codec.decode_video(torch.cat(asked)), len(asked)) if asked else []
+    pictures = None if rgb is None else decoded[0]
+    if reader is None:
+        return pictures, heatmaps.uncolour(decoded[-1])
+    return pictures, np.pad(reader.pictures(heat[:, :, 1:]), ((0, 0), (1, 0), (0, 0), (0, 0)))
 
 
 @torch.inference_mode()
@@ -285,7 +307,7 @@ def _actions(
 
 def _prediction(
     rgb: np.ndarray,
-    heat_rgb: np.ndarray,
+    heat: np.ndarray,
     given: np.ndarray,
     given_heat: np.ndarray,
     cameras: Sequence[Camera],
@@ -293,8 +315,8 @@ def _prediction(
     gripper_open: np.ndarray,
     rotation_deg: np.ndarray,
 ) -> Prediction:
-    """The record of decoded videos [V F H W 3]; the given pictures are put back as they came."""
-    rgb, heat = rgb.copy(), heatmaps.uncolour(heat_rgb)
+    """The record of videos rgb [V F H W 3] and heat [V F H W]; the given pictures are put back as they came."""
+    rgb, heat = rgb.copy(), heat.copy()
     rgb[:, : given.shape[1]], heat[:, : given.shape[1]] = given, given_heat
     uv_px, confidence = heatmaps.peak(heat)
     point_m, residual_px = lift(uv_px, confidence, cameras, heat)

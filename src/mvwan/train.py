@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from rich.console import Console
 from rich.table import Table
 from torch.nn import Parameter
@@ -42,6 +42,7 @@ from mvwan.config import Config, dump_yaml
 from mvwan.data.dataset import WindowDataset, episodes_of
 from mvwan.errors import MvwanError, PreemptedError
 from mvwan.files import flatten, json_line, plain_words, read_json, read_json_lines, remove_leftovers, write_file, write_json
+from mvwan.heat_reader import HeatReader
 from mvwan.latent_cache import LatentCache
 from mvwan.model.movement import MINIMUM_STEPS, Gradient, MovementProof, MovementReport, gradient_norms
 from mvwan.model.surgery import share_copies
@@ -296,6 +297,7 @@ def save(state: State) -> None:
             moments,
             {"updates": updates, "random": "data order, sigma and noise are functions of (seed, step, sample id)"},
             ema=average or None,
+            reader=None if state.own.reader is None else {name: tensor.cpu() for name, tensor in state.own.reader.tensors.items()},
         )
     state.accelerator.wait_for_everyone()
 
@@ -377,7 +379,8 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
     if found is not None:
         check_skipped(checkpoint.read_manifest(found), manifest, found)
 
-    own = HeatmapWanTrainingModule(config=config, print_banners=accelerator.is_main_process, **start)
+    reader = _reader(config, caches[0], accelerator, found)
+    own = HeatmapWanTrainingModule(config=config, print_banners=accelerator.is_main_process, reader=reader, **start)
     manifest["trainable_changes"] += trainable_changes(own, start["checkpoint"], step)
     own.quantize_frozen()
     optimizer = make_optimizer(own, config.train)
@@ -420,6 +423,19 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
     # TensorBoard then hides what a killed run logged after its last checkpoint.
     accelerator.init_trackers("mvwan", init_kwargs={"tensorboard": {"purge_step": step + 1}} if found else {})
     return state
+
+
+def _reader(config: Config, cache: LatentCache, accelerator: Accelerator, found: Path | None) -> HeatReader | None:
+    """The run's heat reader, the same on all processes: that of the checkpoint it resumes from, else one fitted now."""
+    if not config.train.heat_reader_weight:
+        return None
+    saved = None if found is None else checkpoint.read_heat_reader(found)
+    if saved is not None:
+        return HeatReader(**saved)
+    shown = print if accelerator.is_main_process else lambda text: None
+    fitted = train_data.fit_reader(config, cache, shown).to(accelerator.device)
+    # Processors of different makes round differently.
+    return HeatReader(**{name: broadcast(tensor) for name, tensor in fitted.tensors.items()})
 
 
 def _history(path: Path, step: int) -> list[dict[str, Any]]:

@@ -18,9 +18,12 @@ from mvwan.batch import Batch
 from mvwan.config import Config, TrainConfig
 from mvwan.data.dataset import Episodes, WindowDataset, global_indices, heat_video
 from mvwan.errors import MvwanError
+from mvwan.heat_reader import Clips, HeatReader, fit_heat_reader
 from mvwan.heatmaps import render
 from mvwan.latent_cache import LatentCache, build_cache, is_complete
 from mvwan.model.latents import LatentCodec, codec_digest
+
+_READER_WINDOWS = 512
 
 
 def latent_caches(
@@ -49,6 +52,24 @@ def latent_caches(
     wait_for_everyone()
     caches = [LatentCache.open(folder, split, digest, sigma_px) for split in splits]
     return caches[0], caches[1] if len(caches) > 1 else None
+
+
+def fit_reader(config: Config, cache: LatentCache, show: Callable[[str], Any]) -> HeatReader:
+    """The layer that reads heat from latents, fitted to plain windows of the training split, `_READER_WINDOWS` at most, evenly spread.
+
+    `show` is told how well it reads. A pure function of the cached latents and their labels.
+    """
+    dataset = cache.dataset
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(_READER_WINDOWS, len(dataset))).round().astype(int)).tolist()
+
+    def clips() -> Iterator[Clips]:
+        for index in chosen:
+            uv_px, visible = dataset.places(index)
+            yield Clips(latents=cache.heat(index * dataset.num_variants), uv_px=uv_px, visible=visible)
+
+    reader, quality = fit_heat_reader(clips(), config.data.heatmap_sigma_px)
+    show(str(quality))
+    return reader
 
 
 def micro_batches(config: Config, cache: LatentCache, num_processes: int, process: int, first_step: int) -> Iterator[Batch]:

@@ -5,6 +5,7 @@ no optimizer, no process group and no file of a run.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from mvwan.batch import Batch
 from mvwan.compatibility import Compatibility, check_identity
 from mvwan.config import BaseConfig, Config, LoraConfig, ModelConfig, TrainableConfig
 from mvwan.errors import MvwanError
+from mvwan.heat_reader import HeatReader
 from mvwan.model.multiview_wan import MultiViewWan
 from mvwan.model.quantized import quantize_frozen
 from mvwan.model.surgery import LoadReport, load_model
@@ -32,8 +34,9 @@ class HeatmapWanTrainingModule(nn.Module):
 
     Settings come from the keywords, or all of them from `config`. `checkpoint` (a run, a checkpoint folder, a file of the older
     system) gives the trained tensors to start from; one that lacks groups which train now is refused, unless
-    `accept_trainable_change`: these then start from the base. `device` "meta" counts without weights. Raises `MvwanError` for settings that
-    do not fit the base, and for a checkpoint that must not be trained on.
+    `accept_trainable_change`: these then start from the base. `device` "meta" counts without weights. `reader` adds
+    `train.heat_reader_weight` times the error of what it reads to the heat's; without one that is the error of the latents alone. Raises
+    `MvwanError` for settings that do not fit the base, and for a checkpoint that must not be trained on.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class HeatmapWanTrainingModule(nn.Module):
         accept_trainable_change: bool = False,
         device: str | torch.device = "cpu",
         print_banners: bool = True,
+        reader: HeatReader | None = None,
     ) -> None:
         super().__init__()
         keywords = (str(base), views, fusion, lora_rank, lora_alpha, unfreeze_modulation_and_norms)
@@ -71,6 +75,7 @@ class HeatmapWanTrainingModule(nn.Module):
         self.model.attend_with(config.model.attention)
         if config.model.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
+        self.reader = reader
         self.train()
         if self.print_banners:
             print(modulation_banner(self.table) + multiview_banner(self.table))
@@ -148,6 +153,11 @@ class HeatmapWanTrainingModule(nn.Module):
         groups = {row.name: {"mode": row.mode, "names": list(row.names)} for row in self.table.trainable_rows}
         return groups | {group: {"mode": "frozen", "names": list(names)} for group, names in (self.fit.extra if self.fit else {}).items()}
 
+    def _read_error(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        reader, weight = self.reader, self.config.train.heat_reader_weight
+        # The velocity is as far off as the clean latents that it stands for, with the other sign.
+        return None if reader is None or not weight else lambda difference: weight * reader.squared_error(difference)
+
     def forward(self, batch: Batch, seed: int, step: int, sigma: torch.Tensor | None = None) -> flow.StreamSums:
         """Squared errors per stream and sample, and the cross entropy of the action head where there is one.
 
@@ -163,7 +173,7 @@ class HeatmapWanTrainingModule(nn.Module):
         target = flow.velocity_target(clean, noise)
         if self.config.model.action_head == "none":
             velocity = self.model(noisy, flow.timestep(sigma_bf), batch.text, condition_frames, rays=batch.rays)
-            return flow.stream_losses(velocity, target, batch.heat_valid, condition_frames)
+            return flow.stream_losses(velocity, target, batch.heat_valid, condition_frames, self._read_error())
         velocity, logits = self.model(noisy, flow.timestep(sigma_bf), batch.text, condition_frames, return_action=True, rays=batch.rays)
-        sums = flow.stream_losses(velocity, target, batch.heat_valid, condition_frames)
+        sums = flow.stream_losses(velocity, target, batch.heat_valid, condition_frames, self._read_error())
         return replace(sums, **action_losses(logits, batch.gripper_open, batch.rotation_deg, condition_frames))

@@ -261,12 +261,10 @@ class WindowDataset:
         """The sample; `read` gives the pictures as they were recorded."""
         assert 0 <= variant < self.num_variants, f"variant {variant} of {self.num_variants}"
         window, name = self.windows[index], self.sample_id(index, variant)
-        frames = list(window.frames)
-        cameras = _views(window.episode, self._camera_names)
+        frames, cameras = list(window.frames), _views(window.episode, self._camera_names)
         point_m, size = window.episode.point_m[frames], (self.data.height_px, self.data.width_px)
         if variant:
-            rng = self._rng(index, variant)
-            drawn = draw_augmentation(rng, self.data.augment, cameras)
+            drawn = draw_augmentation(rng := self._rng(index, variant), self.data.augment, cameras)
             if isinstance(window.episode.read_rgb, CloudFiles):  # the cameras stay, the scene moves
                 moved = window.episode.read_rgb.about_its_middle(drawn.world_from_old_world)
                 noise = {"noise": rng, "noise_size": self.data.augment.colour_noise}
@@ -278,29 +276,36 @@ class WindowDataset:
             rgb, cameras = crop_and_resize(rgb, cameras, drawn.boxes_px, *size)
         else:
             rgb, cameras = resize(self._chosen(window.episode, read(frames), cameras), cameras, *size)
-        gripper_open, rotation_deg = self.actions(index)
-        projected = [camera.project(point_m) for camera in cameras]
-        if window.episode.uv_px is not None:
-            projected = self._labelled(window.episode, frames, cameras)
+        (gripper_open, rotation_deg), (uv_px, visible) = self.actions(index), self._places(window, cameras, point_m)
         return Sample(
             sample_id=name,
             instruction=window.episode.instruction,
             cameras=cameras,
             rgb=rgb,
-            uv_px=np.stack([uv_px for uv_px, _ in projected]).astype(np.float32),
-            visible=np.stack([camera.inside(*seen) for camera, seen in zip(cameras, projected, strict=True)]),
+            uv_px=uv_px,
+            visible=visible,
             point_m=point_m,
             gripper_open=gripper_open,
             rotation_deg=rotation_deg,
         ).check()
 
-    def _labelled(self, episode: Episode, frames: Sequence[int], cameras: Sequence[Camera]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def places(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(uv_px [V F 2], visible [V F]) of plain window `index` as in `Sample`. Reads no picture."""
+        window = self.windows[index]
+        return self._places(window, self.cameras(index), window.episode.point_m[list(window.frames)])
+
+    def _places(self, window: Window, cameras: Sequence[Camera], point_m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        seen = [camera.project(point_m) for camera in cameras] if window.episode.uv_px is None else self._labelled(window, cameras)
+        inside = [camera.inside(*one) for camera, one in zip(cameras, seen, strict=True)]
+        return np.stack([uv_px for uv_px, _ in seen]).astype(np.float32), np.stack(inside)
+
+    def _labelled(self, window: Window, cameras: Sequence[Camera]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Per view (uv_px [F 2] in the pictures of `cameras`, a depth [F] of 1 where it is labelled) of an episode labelled in pictures."""
+        episode, found = window.episode, []
         assert episode.uv_px is not None
-        found = []
         for old, new in zip(_views(episode, self._camera_names), cameras, strict=True):
             place = [camera.name for camera in episode.cameras].index(old.name)
-            uv_px = np.concatenate([episode.uv_px[place, list(frames)], np.ones((len(frames), 1))], axis=1)
+            uv_px = np.concatenate([episode.uv_px[place, list(window.frames)], np.ones((len(window.frames), 1))], axis=1)
             uv_px = uv_px @ (new.intrinsics @ np.linalg.inv(old.intrinsics)).T  # how crops and resizes changed it
             found.append((uv_px[:, :2], np.where(np.isfinite(uv_px[:, 0]), 1.0, np.nan)))
         return found

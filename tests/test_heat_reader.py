@@ -1,0 +1,196 @@
+"""Heat read from latents without the VAE: fitted to the tiny VAE's own latents, in the loss, in checkpoints, in predictions."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mvwan.checkpoint import find_checkpoint, read_heat_reader, read_manifest, share_checkpoint
+from mvwan.checkpoint_compare import verify_checkpoint
+from mvwan.errors import MvwanError
+from mvwan.evaluate import evaluate_prediction, held_out_windows, predict_sample
+from mvwan.heat_reader import Clips, HeatReader, fit_heat_reader, spots
+from mvwan.heatmaps import colour, peak, render
+from mvwan.model.latents import LatentCodec
+from mvwan.presets import config_from_preset
+from mvwan.sample import load_run
+from mvwan.train import train
+
+SIGMA_PX = 6.0
+
+
+def moving_points(rng: np.random.Generator, clips: int, frames: int, side: int) -> np.ndarray:
+    """[N F 2] points that start anywhere and move a few pixels per frame, inside the picture."""
+    start, speed = rng.uniform(0.15, 0.85, (clips, 1, 2)) * side, rng.uniform(-3, 3, (clips, 1, 2))
+    return np.clip(start + speed * np.arange(frames)[:, None], 1, side - 1)
+
+
+@pytest.fixture(scope="module")
+def encoded() -> Clips:
+    codec = LatentCodec.load("tiny", 32)
+    uv_px = moving_points(np.random.default_rng(0), 96, 5, 96)
+    visible = np.ones(uv_px.shape[:2], bool)
+    heat = colour(render(uv_px, visible, 96, 96, SIGMA_PX))
+    return Clips(latents=codec.encode_video(heat), uv_px=uv_px, visible=visible)
+
+
+@pytest.fixture(scope="module")
+def reader(encoded: Clips) -> HeatReader:
+    return fit_heat_reader([encoded], SIGMA_PX)[0]
+
+
+def test_reads_points_of_clips_that_it_was_not_fitted_to(encoded: Clips) -> None:
+    reader, quality = fit_heat_reader([encoded], SIGMA_PX)
+    assert quality.clips == 12
+    assert quality.explained > 0.8
+    assert quality.error_px < 2
+    assert "12 clips" in str(quality) and "poor" not in str(quality)
+    kept_out = slice(0, None, 8)
+    heat = reader.pictures(encoded.latents[kept_out, :, 1:])
+    assert heat.shape == (12, 4, 96, 96) and heat.dtype == np.float32 and heat.min() >= 0 and heat.max() <= 1
+    found, confidence = peak(heat)
+    assert np.median(np.linalg.norm(found - encoded.uv_px[kept_out, 1:], axis=-1)) == pytest.approx(quality.error_px, abs=1e-3)
+    assert (confidence > 0.2).mean() > 0.9
+
+
+def test_reads_the_mean_of_the_spots_from_a_mean_of_latents(encoded: Clips, reader: HeatReader) -> None:
+    first, second = encoded.latents[:48, :, 1:], encoded.latents[48:, :, 1:]
+    mean_of_heat = (reader.read(first) + reader.read(second)) / 2
+    assert torch.allclose(reader.read((first + second) / 2), mean_of_heat, atol=1e-4)
+
+
+def test_squared_error_is_that_of_the_cells(encoded: Clips, reader: HeatReader) -> None:
+    true, other = encoded.latents[:12, :, 1:], encoded.latents[12:24, :, 1:]
+    cells = (reader.read(true) - reader.read(other)).square()  # [12 4 12 12]
+    found = reader.squared_error((true - other).unflatten(0, (4, 3)))
+    assert found.shape == (4,)
+    of_elements = found.sum() / (true - other).numel()
+    assert of_elements.item() == pytest.approx(cells.mean().item(), rel=1e-4)
+    assert torch.equal(reader.squared_error(torch.zeros_like(true).unflatten(0, (4, 3))), torch.zeros(4))
+
+
+def test_error_shrinks_as_a_spot_comes_nearer(reader: HeatReader) -> None:
+    """What latents themselves do not say: which of two wrong places is the less wrong."""
+    codec = LatentCodec.load("tiny", 32)
+    places = np.array([48.0, 50, 54, 60, 72])
+    uv_px = np.stack([places, np.full(5, 48.0)], axis=-1)[:, None].repeat(5, axis=1)
+    latents = codec.encode_video(colour(render(uv_px, np.ones((5, 5), bool), 96, 96, SIGMA_PX)))[:, :, 1:]
+    errors = [reader.squared_error((latents[:1] - latents[place : place + 1])[None]).item() for place in range(5)]
+    assert errors == sorted(errors) and errors[0] == 0
+    assert errors[3] < 0.95 * errors[4]
+
+
+def test_cells_lie_where_pixels_do() -> None:
+    cells = spots(np.array([[20.0, 44.0]]), 12, 12, SIGMA_PX)[0]
+    row, column = np.unravel_index(int(cells.argmax()), cells.shape)
+    assert ((column + 0.5) * 8, (row + 0.5) * 8) == (20, 44)
+    assert cells.max() == 1
+
+
+def test_frames_that_do_not_show_the_point_throughout_are_not_fitted_to(encoded: Clips, reader: HeatReader) -> None:
+    visible = encoded.visible.copy()
+    visible[1::2, 3] = False
+    nowhere = np.where(visible[..., None], encoded.uv_px, np.nan)
+    half = Clips(latents=encoded.latents, uv_px=nowhere, visible=visible)
+    every_other = Clips(latents=encoded.latents[::2], uv_px=encoded.uv_px[::2], visible=encoded.visible[::2])
+    found, other = fit_heat_reader([half], SIGMA_PX)[0], fit_heat_reader([every_other], SIGMA_PX)[0]
+    assert torch.isfinite(found.weight).all()
+    assert found.weight.shape == other.weight.shape == reader.weight.shape
+    nothing = Clips(latents=encoded.latents, uv_px=nowhere, visible=np.zeros_like(visible))
+    with pytest.raises(MvwanError, match=r"train\.heat_reader_weight=0"):
+        fit_heat_reader([nothing], SIGMA_PX)
+
+
+def test_says_when_latents_hold_no_heat(encoded: Clips) -> None:
+    noise = Clips(latents=torch.randn_like(encoded.latents), uv_px=encoded.uv_px, visible=encoded.visible)
+    assert "poor" in str(fit_heat_reader([noise], SIGMA_PX)[1])
+
+
+def test_refuses_tensors_of_another_shape() -> None:
+    with pytest.raises(MvwanError, match="Use another checkpoint"):
+        HeatReader(torch.zeros(16, 48, 5, 5), torch.zeros(16))
+
+
+# ── in a run ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def settings(demonstrations: Path, **more: float) -> dict[str, dict[str, object]]:
+    data = {"root": str(demonstrations), "heatmap_sigma_px": 4.0, "window_stride": 2}
+    return {"data": data, "train": {"tracker": "none", "heat_reader_weight": 100.0, **more}}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "reads"
+    train(config_from_preset("debug", settings(tiny_demonstrations)), output)
+    return output
+
+
+def test_a_run_says_how_well_it_reads(tiny_demonstrations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config_from_preset("debug", settings(tiny_demonstrations)), tmp_path / "run")
+    assert "heat reader: explains" in capsys.readouterr().out
+
+
+def test_a_checkpoint_keeps_the_reader(run: Path, tmp_path: Path) -> None:
+    folder = find_checkpoint(run)
+    saved = read_heat_reader(folder)
+    assert saved is not None
+    assert "heat_reader.safetensors" in read_manifest(folder)["files"]
+    verify_checkpoint(folder)
+    shared = read_heat_reader(share_checkpoint(folder, tmp_path / "shared"))
+    assert shared is not None
+    assert all(torch.equal(saved[name], shared[name]) for name in ("weight", "bias"))
+
+
+def test_a_damaged_reader_is_refused(run: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "step-000002"
+    shutil.copytree(find_checkpoint(run), copied)
+    path = copied / "heat_reader.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(MvwanError, match="damaged"):
+        load_run(copied)
+    with pytest.raises(MvwanError, match="damaged"):
+        verify_checkpoint(copied)
+
+
+def test_the_same_run_again_has_the_same_reader_and_bits(run: Path, tiny_demonstrations: Path, tmp_path: Path) -> None:
+    """Also when it is stopped on the way: the reader is the one that was saved, not one fitted anew."""
+    config = config_from_preset("debug", settings(tiny_demonstrations, steps=1, save_every=1))
+    train(config, tmp_path / "run")
+    first = (find_checkpoint(tmp_path / "run") / "heat_reader.safetensors").read_bytes()
+    train(config_from_preset("debug", settings(tiny_demonstrations)), tmp_path / "run", resume=True)
+    again, whole = find_checkpoint(tmp_path / "run"), find_checkpoint(run)
+    assert first == (again / "heat_reader.safetensors").read_bytes() == (whole / "heat_reader.safetensors").read_bytes()
+    assert (again / "trained.safetensors").read_bytes() == (whole / "trained.safetensors").read_bytes()
+
+
+def test_the_loss_has_what_is_read(run: Path, tiny_demonstrations: Path, tmp_path: Path) -> None:
+    plain = train(config_from_preset("debug", settings(tiny_demonstrations, heat_reader_weight=0.0)), tmp_path / "plain")
+    assert read_heat_reader(find_checkpoint(tmp_path / "plain")) is None
+    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"kind": "train"' in line]
+    assert len(lines) == 2
+    first = plain.history[1]
+    import json
+
+    reading = json.loads(lines[0])
+    assert first["kind"] == "train" and reading["step"] == first["step"] == 1
+    assert reading["rgb_loss"] == first["rgb_loss"]
+    assert reading["heat_loss"] > first["heat_loss"] * 1.01
+
+
+def test_predictions_read_their_heat_with_it(run: Path) -> None:
+    reads, decodes = load_run(run), load_run(run, heat_from="vae")
+    assert reads.reader is not None and decodes.reader is None
+    sample = held_out_windows(reads).sample(0)
+    read, decoded = predict_sample(reads, sample, denoise_steps=1), predict_sample(decodes, sample, denoise_steps=1)
+    assert np.array_equal(read.rgb, decoded.rgb)
+    assert np.array_equal(read.heat[:, 0], decoded.heat[:, 0])
+    assert not np.array_equal(read.heat[:, 1:], decoded.heat[:, 1:])
+    result = evaluate_prediction(reads, windows=2, denoise_steps=1, output=run.parent / "reads.json")
+    assert result["heat_from"] == "reader"
+    assert evaluate_prediction(decodes, windows=2, denoise_steps=1, output=run.parent / "decodes.json")["heat_from"] == "vae"
+    assert result["codec_key"] != evaluate_prediction(decodes, windows=2, denoise_steps=1, output=run.parent / "again.json")["codec_key"]
