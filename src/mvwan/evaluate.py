@@ -1,7 +1,8 @@
 """A run's predictions on held-out windows, measured beside baselines and beside the codec alone.
 
 `predicted` is the run; `hold_first`, `constant_velocity` and `nearest` (training demonstration) need no training; `codec` is the truth
-sent through the VAE and back, which no run on this base can beat by much. Given frames never count. Knows no page and no training.
+encoded and brought back as predictions are, which no run on this base can beat by much. Given frames never count. Knows no page and no
+training.
 """
 
 import math

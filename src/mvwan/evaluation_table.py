@@ -4,8 +4,9 @@
     ... .per_view[]                the same for each of `views`; empty for the 3-D error, which all views have in common
     windows[]                      one row per held-out window
 
-Sources: `predicted` is the run, `codec` the truth through the VAE and back, the others need no training. `rgb_*` measures are of the RGB
-stream, all others of the heat stream; `found` is PCK at a share of the picture's height, `within_4_px` PCK at 4 px.
+Sources: `predicted` is the run, `codec` the truth encoded and then decoded or read as predictions are, the others need no training.
+`rgb_*` measures are of the RGB stream, all others of the heat stream; `found` is PCK at a share of the picture's height,
+`within_4_px` PCK at 4 px.
 """
 
 from collections.abc import Mapping, Sequence

@@ -219,8 +219,9 @@ def _errors(records: Sequence[RunRecord]) -> str:
         f"({html.escape(', '.join(evaluation['episodes']))}), {evaluation['denoise_steps']} denoising steps, seed {evaluation['seed']}. "
         "<em>Hold first frame</em> predicts that nothing moves, <em>constant velocity</em> that the point goes on as it did over the frame "
         "before, which no run sees, <em>nearest demonstration</em> that it goes on as in the training window that begins most "
-        "alike. <em>VAE round trip</em> is the truth encoded and decoded: what the codec alone costs. A peak counts as found within "
-        f"{evaluation['found_within_px']:.1f} px. Where a heatmap shows no peak at all, the point is taken to stay where it last was: a "
+        "alike. <em>Encoded and back</em> is the truth encoded, and decoded or read as predictions are: what that alone "
+        f"costs. A peak counts as found within {evaluation['found_within_px']:.1f} px. Where a heatmap shows no peak at all, the point is "
+        "taken to stay where it last was: a "
         "lost peak cannot beat the baseline.</p>"
     )
     sources = [

@@ -20,7 +20,7 @@ SOURCE_NAMES = {
     "hold": "hold first frame",
     "velocity": "constant velocity",
     "nearest": "nearest demonstration",
-    "codec": "VAE round trip",
+    "codec": "encoded and back",
     "truth": "truth",
 }
 _COLOURS = {"truth": (29, 127, 209), "off": (240, 150, 50), "on": (35, 190, 175)}

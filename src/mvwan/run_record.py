@@ -123,7 +123,7 @@ def _each(records: Sequence[RunRecord], measure: str, unit: str, digits: int) ->
 
 
 def _against_baseline(records: Sequence[RunRecord], hold: float | None, codec: float | None) -> str:
-    floor = f"The truth sent through the VAE and back is already {number(codec, 2)} px off."
+    floor = f"The truth, encoded and brought back as predictions are, is already {number(codec, 2)} px off."
     if hold is None:
         return f"No visible point in the held-out windows, so nothing can be compared. {floor}"
     lost = {record.label: record.mean("lost") or 0.0 for record in records}
