@@ -34,9 +34,10 @@ go() {
         --output "$folder/$name" --resume
 }
 
-# At every noise, narrow spots; then as the preset has it, at the noise where it shows what comes, spots that are learned faster.
-go first --set flow.sigma_min=0 --set data.heatmap_sigma_px=4
-go second --set train.from_checkpoint="$folder/first"
+# At every noise, narrow spots; then as the preset has it, at the noise where it shows what comes, spots that are learned faster. The
+# preset's heat reader came after both.
+go first --set flow.sigma_min=0 --set data.heatmap_sigma_px=4 --set train.heat_reader_weight=0
+go second --set train.from_checkpoint="$folder/first" --set train.heat_reader_weight=0
 rm -rf "$shipped.new"
 mvwan checkpoint export "$folder/second" --format mvwan --output "$shipped.new"
 rm -rf "$shipped"
