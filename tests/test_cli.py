@@ -48,11 +48,11 @@ INTERFACE = {
     "train": ["--output", *SETTINGS, *SWITCH, "--resume", "--accept-trainable-change", "--dry-run"],
     "sample": [
         *("run", "--output", "--dataset", "--window", "--image", "--cameras", "--prompt", "--point", "--gripper-open", "--fps"),
-        *("--denoise-steps", "--seed", "--attention", "--context-parallel"),
+        *("--denoise-steps", "--seed", "--attention", "--heat-from", "--context-parallel"),
     ],
     "evaluate": [
-        *("run", "--dataset", "--windows", "--denoise-steps", "--seed", "--output", "--cameras", "--trials", "--task", "--layouts"),
-        *("--execute", "--processes", "--videos", "--final", "--dry-run"),
+        *("run", "--dataset", "--windows", "--denoise-steps", "--heat-from", "--seed", "--output", "--cameras", "--trials", "--task"),
+        *("--layouts", "--execute", "--processes", "--videos", "--final", "--dry-run"),
     ],
     "demo": ["--output", "--task", "--episodes", "--steps", "--windows", "--trials", "--seed", "--fresh"],
     "reproduce": [
