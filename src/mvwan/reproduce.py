@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from rich.console import Console
 
@@ -40,7 +40,8 @@ from mvwan.trainings import Training, train_side_by_side
 
 FORMAT_VERSION = 1
 _PRODUCTS = ("results.md", "results.json")
-_OF_DATA = ("Record ", "Encode, ")
+Phase = Literal["data", "training", "trials"]
+_PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class Stage:
     """A stage that may be run, and what it stands on."""
 
     name: str
+    phase: Phase
     settings: Mapping[str, Any]
     product: Path
     work: Callable[[], Any] | Training
@@ -63,9 +65,7 @@ def plan_stages(wanted: Reproduction) -> list[Stage]:
     """The stages in their order: first all data, then all trainings, then all trials. Controls that do not depend on a run are tried
     beside the first one alone."""
     stages = [stage for count in wanted.counts for stage in _stages_of(wanted, count)]
-    data = [stage for stage in stages if stage.name.startswith(_OF_DATA)]
-    trainings = [stage for stage in stages if isinstance(stage.work, Training)]
-    return [*data, *trainings, *(stage for stage in stages if stage not in data and stage not in trainings)]
+    return sorted(stages, key=lambda stage: _PHASES.index(stage.phase))
 
 
 def _stages_of(wanted: Reproduction, count: int) -> list[Stage]:
@@ -75,11 +75,11 @@ def _stages_of(wanted: Reproduction, count: int) -> list[Stage]:
     recorded = {"tasks": wanted.names, "episodes": count, "seed": wanted.seed, "size_px": max(data.height_px, data.width_px)}
     recorded["widened"] = wanted.kind.widened
     work = partial(record, recorded["tasks"], output=demonstrations, **{name: recorded[name] for name in list(recorded)[1:]})
-    stages = [Stage(name=f"Record {of}", settings=recorded, product=demonstrations, work=work, is_costly=True)]
+    stages = [Stage(name=f"Record {of}", phase="data", settings=recorded, product=demonstrations, work=work, is_costly=True)]
     codec = codec_digest(config.base.codec or config.base.source, data.text_tokens)
     encoded = {"data": config.to_dict()["data"], "seed": wanted.seed, "codec": codec}
     work = partial(_encode, config, latents)
-    encode = Stage(name=f"Encode, {of}", settings=encoded, product=latents, work=work, after=f"Record {of}", keep_stale=True)
+    encode = Stage(name=f"Encode, {of}", phase="data", settings=encoded, product=latents, work=work, after=f"Record {of}", keep_stale=True)
     stages.append(encode)
     for label in wanted.switches:
         config = wanted.config(count, label)
@@ -87,17 +87,19 @@ def _stages_of(wanted: Reproduction, count: int) -> list[Stage]:
         fit = {"config": config.to_dict(), "base": base_digest(config.base.source), "start": start}
         name, run = f"{of}, switch {label}", folder / label
         work = Training(name=name, config=config, folder=run)
-        stages.append(Stage(name=_training_of(count, label), settings=fit, product=run, work=work, after=encode.name, is_costly=True))
+        trained = _training_of(count, label)
+        stages.append(Stage(name=trained, phase="training", settings=fit, product=run, work=work, after=encode.name, is_costly=True))
         policies = policies_beside(wanted, count, label)
         work = partial(_try, wanted, run, policies)
         tried = {**_trials(wanted), "settings": asdict(wanted.trial_settings), "policies": policies}
         stages.append(
             Stage(
                 name=f"Let the arm move, {name}",
+                phase="trials",
                 settings=tried,
                 product=run / "closed_loop.json",
                 work=work,
-                after=_training_of(count, label),
+                after=trained,
             )
         )
     if wanted.kind.has_baseline:
@@ -134,6 +136,7 @@ def _baseline_stages(wanted: Reproduction, count: int, folder: Path, of: str) ->
     return [
         Stage(
             name=f"Train the baseline on {of}",
+            phase="trials",  # a script of its own, which runs alone
             settings={"options": fit, "code": code},
             product=net,
             work=partial(_run_baseline, wanted.baseline, train_words, net),
@@ -141,6 +144,7 @@ def _baseline_stages(wanted: Reproduction, count: int, folder: Path, of: str) ->
         ),
         Stage(
             name=f"Let the arm move, {of}, baseline",
+            phase="trials",
             settings={"options": tried, "code": code},
             product=net / "closed_loop.json",
             work=partial(_run_baseline, wanted.baseline, ["trials", str(net), *tried], net / "closed_loop.json"),
