@@ -36,8 +36,8 @@ STEPS, STEPS_WITHOUT_BFLOAT16 = 400, 120
 """Of each run: what leaves the demo under ten minutes on two cores."""
 _PRODUCTS = ("demonstrations", "latents", "off", "on", "report.html")
 _PICTURED_WINDOWS = 2
-_DENOISE_STEPS = 2
-"""As good as five where the base learned at high noise alone, and faster."""
+_DENOISE_STEPS = 1
+"""As good as more where heat is read from latents, and faster."""
 _FILMS = 3
 """Of the trials of each run and control: a single one may be of a layout that is hard for all."""
 _CONTROL_STEPS = 400
