@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from mvwan.errors import MvwanError
-from mvwan.heatmaps import peak
+from mvwan.heatmaps import peak, render
 from mvwan.shapes import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 
 _CELLS = 2
@@ -114,7 +114,7 @@ class HeatReader(nn.Module):
 def fit_heat_reader(batches: Iterable[Clips], sigma_px: float) -> tuple[HeatReader, ReadingQuality]:
     """The layer, and how well it reads every eighth clip, which is kept out. `sigma_px` is that of the heatmaps.
 
-    It takes latent frames whose four pictures all show the point. Raises `MvwanError` when fewer than a handful do.
+    It takes latent frames whose four pictures all show the point. Raises `MvwanError` when none of those kept, or of the others, does.
     """
     sigma_px = max(sigma_px, _NARROWEST_CELLS * _CELL_PX)
     gram: torch.Tensor = torch.zeros(())
@@ -161,25 +161,22 @@ def _patches(latents: torch.Tensor) -> torch.Tensor:
 def _outputs(uv_px: np.ndarray, size: torch.Size, sigma_px: float) -> torch.Tensor:
     """[n*h*w, 16] float64: what should be read there, with the points at uv_px [n 4 2]."""
     height, width = size
-    cells = spots(uv_px, height * _CELLS, width * _CELLS, sigma_px)
+    cells = _spots(uv_px, height * _CELLS, width * _CELLS, sigma_px)
     split = cells.reshape(len(cells), FRAMES_PER_LATENT, height, _CELLS, width, _CELLS)
     return split.permute(0, 2, 4, 1, 3, 5).reshape(-1, FRAMES_PER_LATENT * _CELLS**2)
 
 
-def spots(uv_px: np.ndarray, rows: int, columns: int, sigma_px: float) -> torch.Tensor:
-    """[... rows columns] float64: a Gaussian of height 1 at uv_px [... 2], at the middles of the cells."""
-    uv = torch.from_numpy(np.asarray(uv_px, np.float64))
-    across, down = ((torch.arange(number, dtype=torch.float64) + 0.5) * _CELL_PX for number in (columns, rows))
-    u = torch.exp(-0.5 * ((across - uv[..., :1]) / sigma_px) ** 2)
-    v = torch.exp(-0.5 * ((down - uv[..., 1:]) / sigma_px) ** 2)
-    return v[..., :, None] * u[..., None, :]
+def _spots(uv_px: np.ndarray, rows: int, columns: int, sigma_px: float) -> torch.Tensor:
+    """[... rows columns] float64: heatmaps of points uv_px [... 2] whose pixels are cells."""
+    heat = render(uv_px / _CELL_PX, np.ones(uv_px.shape[:-1], bool), rows, columns, sigma_px / _CELL_PX)
+    return torch.from_numpy(heat).double()
 
 
 def _quality(reader: HeatReader, kept_out: list[tuple[torch.Tensor, np.ndarray]], sigma_px: float) -> ReadingQuality:
     latents = torch.cat([latents for latents, _ in kept_out])
     uv_px = np.concatenate([uv_px for _, uv_px in kept_out])
     found = reader.read(latents[:, :, None])
-    wanted = spots(uv_px, found.shape[-2], found.shape[-1], sigma_px)
+    wanted = _spots(uv_px, found.shape[-2], found.shape[-1], sigma_px)
     left = float((found - wanted).square().mean() / (wanted - wanted.mean()).square().mean())
     peaks = peak(reader.pictures(latents[:, :, None]))[0]
     error_px = float(np.median(np.linalg.norm(peaks - uv_px, axis=-1)))

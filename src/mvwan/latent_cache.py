@@ -164,7 +164,7 @@ class LatentCache:
 
     def heat(self, item: int) -> torch.Tensor:
         """[V C f h w] float32 latents of the heatmaps of one item. `MvwanError` when its entry is damaged."""
-        return self._read(item)["heat"].float()
+        return self._read(item)["heat"]
 
     def batch(self, items: Sequence[int], with_rays: bool = False) -> Batch:
         """The items as one batch on the CPU, with the rays of their cameras on request. `MvwanError` for an entry that is damaged."""

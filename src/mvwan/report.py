@@ -221,8 +221,7 @@ def _errors(records: Sequence[RunRecord]) -> str:
         "before, which no run sees, <em>nearest demonstration</em> that it goes on as in the training window that begins most "
         "alike. <em>Encoded and back</em> is the truth encoded, and decoded or read as predictions are: what that alone "
         f"costs. A peak counts as found within {evaluation['found_within_px']:.1f} px. Where a heatmap shows no peak at all, the point is "
-        "taken to stay where it last was: a "
-        "lost peak cannot beat the baseline.</p>"
+        "taken to stay where it last was: a lost peak cannot beat the baseline.</p>"
     )
     sources = [
         *((source_name(short), first, long) for short, long in _BASELINES if long in evaluation["measures"]),

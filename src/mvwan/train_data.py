@@ -24,6 +24,7 @@ from mvwan.latent_cache import LatentCache, build_cache, is_complete
 from mvwan.model.latents import LatentCodec, codec_digest
 
 _READER_WINDOWS = 512
+"""That a heat reader is fitted to at most."""
 
 
 def latent_caches(

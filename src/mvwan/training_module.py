@@ -156,7 +156,7 @@ class HeatmapWanTrainingModule(nn.Module):
     def _read_error(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         reader, weight = self.reader, self.config.train.heat_reader_weight
         # The velocity is as far off as the clean latents that it stands for, with the other sign.
-        return None if reader is None or not weight else lambda difference: weight * reader.squared_error(difference)
+        return None if reader is None else lambda difference: weight * reader.squared_error(difference)
 
     def forward(self, batch: Batch, seed: int, step: int, sigma: torch.Tensor | None = None) -> flow.StreamSums:
         """Squared errors per stream and sample, and the cross entropy of the action head where there is one.
