@@ -23,7 +23,6 @@ from mvwan.evaluate import (
     load_prediction,
     measure_window,
     sample_window,
-    spread,
 )
 from mvwan.evaluation_table import read_evaluation, render
 from mvwan.heatmaps import render as render_heat
@@ -65,13 +64,6 @@ def measured_of(run: LoadedRun, sample: Sample, prediction: Prediction) -> Talli
 
 def total(tallies: tuple[Tally, ...]) -> Tally:
     return sum(tallies, Tally())
-
-
-def test_spread_takes_both_ends() -> None:
-    assert spread(5, 9) == [0, 1, 2, 3, 4]
-    assert spread(10, 4) == [0, 3, 6, 9]
-    assert spread(7, 1) == [3]
-    assert spread(7, 0) == []
 
 
 def test_the_truth_scores_perfectly_and_the_given_frame_never_counts(run: LoadedRun, sample: Sample) -> None:

@@ -22,6 +22,7 @@ from mvwan.baselines import Answer, NearestDemonstration
 from mvwan.batch import Prediction, Sample
 from mvwan.config import Attention
 from mvwan.data.dataset import Window, WindowDataset, episodes_of, heat_video, roots_of
+from mvwan.data.windows import spread
 from mvwan.errors import MvwanError
 from mvwan.evaluation_table import FORMAT_VERSION, PCK_PX, SOURCES
 from mvwan.files import sha256_json, whole_file, write_json
@@ -172,13 +173,6 @@ def evaluate_prediction(
     }
     write_json(target, result)
     return result
-
-
-def spread(available: int, wanted: int) -> list[int]:
-    """At most `wanted` of the numbers 0 .. available-1, evenly spread, both ends among them."""
-    if wanted >= available:
-        return list(range(available))
-    return sorted({round(place) for place in np.linspace(0, available - 1, wanted).tolist()}) if wanted > 1 else [available // 2] * wanted
 
 
 def _nearest(run: LoadedRun) -> NearestDemonstration | None:

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
@@ -40,6 +39,7 @@ from mvwan.checkpoint_writer import CheckpointWriter
 from mvwan.compatibility import check_resume, check_skipped
 from mvwan.config import Config, dump_yaml
 from mvwan.data.dataset import WindowDataset, episodes_of
+from mvwan.data.windows import spread
 from mvwan.errors import MvwanError, PreemptedError
 from mvwan.files import flatten, json_line, plain_words, read_json, read_json_lines, remove_leftovers, write_file, write_json
 from mvwan.heat_reader import HeatReader
@@ -309,7 +309,7 @@ def _evaluate_if_due(state: State) -> None:
     if state.held_out is None or not due or any(line["kind"] == "held_out" and line["step"] == state.step for line in state.history):
         return
     start = time.perf_counter()
-    chosen = np.unique(np.linspace(0, len(state.held_out) - 1, config.evaluate_windows).round().astype(int)).tolist()
+    chosen = spread(len(state.held_out), config.evaluate_windows)
     bands = {name: _held_out_loss(state, (low + high) / 2, chosen) for low, high, name in flow.sigma_bands(state.config.flow)}
     sharding.release_full_parameters(state.own)
     means = {name: sum(band[name] for band in bands.values()) / len(bands) for name in _loss_names(state.config)}

@@ -17,6 +17,7 @@ from mvwan import pictures
 from mvwan.batch import Batch
 from mvwan.config import Config, TrainConfig
 from mvwan.data.dataset import Episodes, WindowDataset, global_indices, heat_video
+from mvwan.data.windows import spread
 from mvwan.errors import MvwanError
 from mvwan.heat_reader import Clips, HeatReader, fit_heat_reader
 from mvwan.heatmaps import render
@@ -61,7 +62,7 @@ def fit_reader(config: Config, cache: LatentCache, show: Callable[[str], Any]) -
     `show` is told how well it reads. A pure function of the cached latents and their labels.
     """
     dataset = cache.dataset
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(_READER_WINDOWS, len(dataset))).round().astype(int)).tolist()
+    chosen = spread(len(dataset), _READER_WINDOWS)
 
     def clips() -> Iterator[Clips]:
         for index in chosen:

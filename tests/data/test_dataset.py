@@ -11,6 +11,7 @@ from mvwan.config import AugmentConfig, DataConfig
 from mvwan.data.dataset import WindowDataset, global_indices, heat_video, held_out, order, read_episodes
 from mvwan.data.lerobot import write_dataset
 from mvwan.data.transforms import resize
+from mvwan.data.windows import spread
 from mvwan.errors import MvwanError
 from mvwan.heatmaps import peak, render, uncolour
 
@@ -391,3 +392,10 @@ def test_a_recorded_folder_becomes_samples(tmp_path):
         np.testing.assert_allclose(sample.uv_px, true.uv_px, atol=1e-4)
         np.testing.assert_allclose(peak(sample.rgb[..., 0] / 255)[0], true.uv_px, atol=0.5)
     assert dataset.fingerprint == make_dataset(read_episodes(tmp_path / "recorded", ("top", "left")), views=2).fingerprint
+
+
+def test_spread_takes_both_ends() -> None:
+    assert spread(5, 9) == [0, 1, 2, 3, 4]
+    assert spread(10, 4) == [0, 3, 6, 9]
+    assert spread(7, 1) == [3]
+    assert spread(7, 0) == []

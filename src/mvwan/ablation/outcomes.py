@@ -24,8 +24,9 @@ from mvwan.checkpoint import find_checkpoint, load_trained
 from mvwan.closed_loop import TrialSettings, evaluate_closed_loop, is_widened, plan_trials
 from mvwan.config import Config
 from mvwan.data.dataset import WindowDataset, episodes_of, roots_of
+from mvwan.data.windows import spread
 from mvwan.errors import MvwanError
-from mvwan.evaluate import answers_of, filled, predict_sample, save_prediction, spread
+from mvwan.evaluate import answers_of, filled, predict_sample, save_prediction
 from mvwan.files import read_json_lines
 from mvwan.latent_cache import LatentCache
 from mvwan.metrics import Tally

@@ -97,3 +97,10 @@ class ReadAhead:
 
     def _read(self, frames: Sequence[int]) -> None:
         self._held |= dict(zip(frames, self._read_rgb(frames).swapaxes(0, 1), strict=True))
+
+
+def spread(available: int, wanted: int) -> list[int]:
+    """At most `wanted` of the numbers 0 .. available-1, evenly spread, both ends among them."""
+    if wanted >= available:
+        return list(range(available))
+    return sorted({round(place) for place in np.linspace(0, available - 1, wanted).tolist()}) if wanted > 1 else [available // 2] * wanted
