@@ -28,7 +28,8 @@ from mvwan.closed_loop import FIRST_TUNING_LAYOUT, TrialSettings, attempt, succe
 from mvwan.config import config_from_dict, parse_overrides
 from mvwan.data.dataset import WindowDataset, episodes_of
 from mvwan.data.transforms import resize
-from mvwan.evaluate import filled, spread
+from mvwan.data.windows import spread
+from mvwan.evaluate import filled
 from mvwan.files import read_json, whole_directory, write_json
 from mvwan.memory import peak_bytes
 from mvwan.metrics import Tally, error_3d_mm
