@@ -27,7 +27,7 @@ from mvwan.cli import Door
 from mvwan.cli_settings import Seed
 from mvwan.data.dataset import WindowDataset, episodes_of
 from mvwan.errors import MvwanError
-from mvwan.evaluate import measure_answer, spread
+from mvwan.evaluate import measure_answer
 from mvwan.files import read_json, write_file, write_json
 from mvwan.metrics import Tally
 from mvwan.presets import config_from_preset
