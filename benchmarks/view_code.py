@@ -26,6 +26,7 @@ from mvwan.cameras import Camera
 from mvwan.cli import Door
 from mvwan.cli_settings import Seed
 from mvwan.data.dataset import WindowDataset, episodes_of
+from mvwan.data.windows import spread
 from mvwan.errors import MvwanError
 from mvwan.evaluate import measure_answer
 from mvwan.files import read_json, write_file, write_json

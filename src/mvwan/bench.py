@@ -36,6 +36,7 @@ from mvwan.config import Config
 from mvwan.errors import MvwanError
 from mvwan.model.movement import MovementProof, gradient_norms
 from mvwan.model.trainable import merge_adapters, parameters_by_name
+from mvwan.step_trace import large_product
 from mvwan.training_module import HeatmapWanTrainingModule
 
 Section = Literal["steps", "costs", "pipeline", "growth"]
@@ -48,7 +49,6 @@ STOCK_STYLE, STOCK, OFF, ON, COMPILED = (
     "MultiViewWan, switch off, compiled",
 )
 FLOOR = "the floor: its products alone"
-_PRODUCT = (2048, 2048, 2048)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,7 @@ def row(what: str, seconds: Sequence[float], beside: tuple[str, Sequence[float]]
 
 def measure_steps(config: Config, sizes: Sizes, repeats: int, seed: int, compiled: bool) -> list[Table]:
     """Two tables: training steps, and the network call of a denoising step."""
-    product, flops_of_product = _large_product(config)
+    multiply, flops_of_product = large_product(torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
     tables = []
     for title, arms, trained in (
         ("Training step: forward, backward, AdamW", *_training_arms(config, sizes, seed, compiled)),
@@ -183,7 +183,7 @@ def measure_steps(config: Config, sizes: Sizes, repeats: int, seed: int, compile
         with FlopCounterMode(display=False) as counter:
             arms[OFF](0)
         flops = counter.get_total_flops()
-        seconds = take_turns({**arms, FLOOR: product}, repeats)
+        seconds = take_turns({**arms, FLOOR: lambda _: multiply()}, repeats)
         rate = flops_of_product / statistics.median(seconds[FLOOR])
         peer = (STOCK_STYLE, seconds[STOCK_STYLE])
         rows = [row(name, times, peer, trained.get(name, "")) for name, times in seconds.items() if name != FLOOR]
@@ -221,14 +221,6 @@ def _denoising_arms(config: Config, sizes: Sizes, seed: int) -> tuple[dict[str, 
 def switched_on(config: Config) -> Config:
     """The same settings with the switch on."""
     return replace(config, unfreeze_modulation_and_norms=True)
-
-
-def _large_product(config: Config) -> tuple[Step, int]:
-    """(a product in the type that steps compute in, its FLOPs)."""
-    m, k, n = _PRODUCT
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    left, right = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-    return lambda _: left @ right, 2 * m * k * n
 
 
 # ── what the project's own features cost ──────────────────────────────────────────────────────────────────────────────────────────

@@ -354,13 +354,19 @@ def _give_back_from(size: int) -> None:
 
 def _product_rate(dtype: torch.dtype) -> float:
     """FLOP per second of the quickest of three products."""
-    left, right = torch.randn(2, _PRODUCT_SIDE, _PRODUCT_SIDE).to(dtype)
+    multiply, operations = large_product(dtype)
     seconds: list[float] = []
     for _ in range(3):
         began = time.perf_counter()
-        torch.mm(left, right)
+        multiply()
         seconds.append(time.perf_counter() - began)
-    return 2 * _PRODUCT_SIDE**3 / min(seconds)
+    return operations / min(seconds)
+
+
+def large_product(dtype: torch.dtype) -> tuple[Callable[[], Any], int]:
+    """(a product of two large matrices, its FLOPs)."""
+    left, right = torch.randn(2, _PRODUCT_SIDE, _PRODUCT_SIDE).to(dtype)
+    return lambda: torch.mm(left, right), 2 * _PRODUCT_SIDE**3
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Knows no files and no page. Plotly reads tags in the texts it is given, so names
 import html
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ _INTERVALS = (
 )
 _MOST_POINTS = 300
 _NO_BLOCK = "none"
+_TICK_CHARACTERS = 24
 
 
 def forest(comparison: Comparison, outcome: str) -> Figure:
@@ -247,5 +249,6 @@ def _escaped(text: str) -> str:
 
 
 def _wrapped(name: str) -> str:
-    """An arm's name with each factor on a line of its own."""
-    return "<br>".join(_escaped(part) for part in re.split(r"[,\s]+", name) if part)
+    """An arm's name with each factor on a line of its own, or on several where it is long."""
+    lines = [line for factor in name.split(",") for line in textwrap.wrap(factor, _TICK_CHARACTERS, break_long_words=False)]
+    return "<br>".join(map(_escaped, lines))
