@@ -10,7 +10,21 @@ import pytest
 import torch
 
 from mvwan import bench, bench_points
-from mvwan.bench import COMPILED, FLOOR, OFF, ON, SECTIONS, STOCK, STOCK_STYLE, Table, measure_costs, measure_steps, run_bench, take_turns
+from mvwan.bench import (
+    COMPILED,
+    COMPILED_ON,
+    FLOOR,
+    OFF,
+    ON,
+    SECTIONS,
+    STOCK,
+    STOCK_STYLE,
+    Table,
+    measure_costs,
+    measure_steps,
+    run_bench,
+    take_turns,
+)
 from mvwan.bench_networks import Sizes, base_of, config_for, in_stock_style, random_batch, untrained
 from mvwan.bench_pipeline import measure_pipeline
 from mvwan.bench_points import at, line_through, measure_growth, run_point
@@ -68,8 +82,9 @@ def test_the_compiled_model_is_an_arm_of_its_own(small: Config) -> None:
 
 
 def test_costs_are_of_real_runs(small: Config) -> None:
-    table = measure_costs(small, SMALL, repeats=1, seed=0)
+    table = measure_costs(small, SMALL, repeats=1, seed=0, compiled=True)
     rows = {row.what: row for row in table.rows}
+    assert rows[ON].beside == OFF and rows[COMPILED_ON].beside == COMPILED
     assert rows["peak memory, switch on"].value > 100
     more = rows["trained tensors in a checkpoint, switch on"]
     assert more.ratio is not None and 1 < more.ratio < 1.5
@@ -85,6 +100,7 @@ def test_the_way_of_the_data(tmp_path: Path) -> None:
     assert rows["saving a checkpoint with its optimizer"]["value"] > 0
     assert rows["from `mvwan train` to its first step"]["value"] > 1
     assert rows["latents of a prediction, 50 denoising steps"]["ratio"] > 5
+    assert rows["reading the heat of all views from them, without the VAE"]["value"] > 0
     assert (tmp_path / "start-starts" / "movement.json").is_file(), "the start is that of a real run"
 
 

@@ -106,7 +106,10 @@ def test_runs_go_on_from_those_of_an_earlier_table(made: tuple[Path, str], tmp_p
     done = reproduce(tmp_path / "longer", "--switch", "off", "--tuning", "--start-from", str(made[0]), "--set", "data.heatmap_sigma_px=3")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "longer" / "results.md").read_text()
-    assert "Each run goes on from the one of the same switch that this made: `mvwan reproduce metaworld7 --task handle-press-v3" in text
+    goes_on = f"Each run goes on from the one of the same switch in `{made[0]}`"
+    assert f"{goes_on}, made by `mvwan reproduce metaworld7 --task handle-press-v3" in text
+    unknown = read_json(tmp_path / "longer" / "results.json") | {"started_from": None}
+    assert f"{goes_on}. **Tuning" in markdown(unknown)
     assert f"| started from | {made[0] / '2' / 'off'} |" in text and f"--start-from {made[0]}" in text
     trained_with = yaml.safe_load((tmp_path / "longer" / "2" / "off" / "config.yaml").read_text())
     assert trained_with["train"]["from_checkpoint"] == str(made[0] / "2" / "off")

@@ -41,12 +41,13 @@ from mvwan.training_module import HeatmapWanTrainingModule
 
 Section = Literal["steps", "costs", "pipeline", "growth"]
 SECTIONS: tuple[Section, ...] = ("steps", "costs", "pipeline", "growth")
-STOCK_STYLE, STOCK, OFF, ON, COMPILED = (
+STOCK_STYLE, STOCK, OFF, ON, COMPILED, COMPILED_ON = (
     "the same network in stock style",
     "stock Wan, views alone",
     "MultiViewWan, switch off",
     "MultiViewWan, switch on",
     "MultiViewWan, switch off, compiled",
+    "MultiViewWan, switch on, compiled",
 )
 FLOOR = "the floor: its products alone"
 
@@ -117,7 +118,7 @@ def run_bench(
             tables += measure_steps(config, sizes, repeats, seed, compiled)
         if "costs" in sections:
             say("what the switch, float32 masters and the proof cost")
-            tables.append(measure_costs(config, sizes, repeats, seed))
+            tables.append(measure_costs(config, sizes, repeats, seed, compiled))
         if "pipeline" in sections and size == "tiny":
             say("from pictures to steps, checkpoints, start and predictions")
             with tempfile.TemporaryDirectory() as folder:
@@ -203,8 +204,7 @@ def _training_arms(config: Config, sizes: Sizes, seed: int, compiled: bool) -> t
     }
     in_stock_style(modules[STOCK_STYLE].model)
     if compiled:
-        modules[COMPILED] = HeatmapWanTrainingModule(config=config, print_banners=False)
-        modules[COMPILED].compile_blocks()
+        modules[COMPILED] = _compiled(config)
     arms = {name: training_step(module, sizes, seed) for name, module in modules.items()}
     trained = {name: f"{module.table.trainable_parameters:,} trained" for name, module in modules.items()}
     stock, count = stock_training_step(config, sizes, seed)
@@ -218,6 +218,12 @@ def _denoising_arms(config: Config, sizes: Sizes, seed: int) -> tuple[dict[str, 
     return {name: denoising_step(model, config, sizes, seed) for name, model in models.items()}, {}
 
 
+def _compiled(config: Config) -> HeatmapWanTrainingModule:
+    module = HeatmapWanTrainingModule(config=config, print_banners=False)
+    module.compile_blocks()
+    return module
+
+
 def switched_on(config: Config) -> Config:
     """The same settings with the switch on."""
     return replace(config, unfreeze_modulation_and_norms=True)
@@ -226,8 +232,8 @@ def switched_on(config: Config) -> Config:
 # ── what the project's own features cost ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def measure_costs(config: Config, sizes: Sizes, repeats: int, seed: int) -> Table:
-    """What the switch costs in time, memory and bytes, and what float32 masters and the movement proof cost in time."""
+def measure_costs(config: Config, sizes: Sizes, repeats: int, seed: int, compiled: bool) -> Table:
+    """What the switch costs in time, compiled too if asked for, in memory and bytes, and float32 masters and the movement proof in time."""
     off, on = (HeatmapWanTrainingModule(config=one, print_banners=False) for one in (config, switched_on(config)))
     arms = {OFF: training_step(off, sizes, seed), ON: training_step(on, sizes, seed)}
     masters = "MultiViewWan, trained tensors in bfloat16 too"
@@ -236,9 +242,13 @@ def measure_costs(config: Config, sizes: Sizes, repeats: int, seed: int) -> Tabl
         for parameter in rounded.model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16) if parameter.requires_grad else parameter.data
         arms[masters] = training_step(rounded, sizes, seed)
+    if compiled:
+        arms |= {name: training_step(_compiled(one), sizes, seed) for name, one in ((COMPILED, config), (COMPILED_ON, switched_on(config)))}
     seconds = take_turns(arms, repeats)
     beside = (OFF, seconds[OFF])
     rows = [row(OFF, seconds[OFF]), row(ON, seconds[ON], beside)]
+    if compiled:
+        rows += [row(COMPILED, seconds[COMPILED]), row(COMPILED_ON, seconds[COMPILED_ON], (COMPILED, seconds[COMPILED]))]
     if masters in seconds:
         rows.append(row(masters, seconds[masters], beside))
     points = {name: run_point(one, sizes) for name, one in ((OFF, config), (ON, switched_on(config)))}

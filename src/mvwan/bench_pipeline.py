@@ -25,6 +25,7 @@ from mvwan.data.dataset import WindowDataset, episodes_of
 from mvwan.data.lerobot import write_dataset
 from mvwan.errors import MvwanError
 from mvwan.files import write_json
+from mvwan.heat_reader import HeatReader
 from mvwan.latent_cache import build_cache
 from mvwan.model.latents import LatentCodec
 from mvwan.optimizer import make_optimizer, optimizer_tensors
@@ -228,5 +229,10 @@ def _predictions(config: Config, sizes: Sizes, seed: int) -> Rows:
         rows.append(_row(f"latents of a prediction, {steps} denoising steps", times, "s", ("1 step", one)))
     codec = LatentCodec.load(config.base.source, config.data.text_tokens)
     videos = torch.randn(2 * sizes.views, 48, sizes.latent_frames, sizes.latent_height, sizes.latent_width)
-    rows.append(_row("decoding them, all views and streams", [_timed(lambda: codec.decode_video(videos))[0] for _ in range(3)], "s"))
+    decoding = [_timed(lambda: codec.decode_video(videos))[0] for _ in range(3)]
+    rows.append(_row("decoding them, all views and streams", decoding, "s"))
+    reader = HeatReader(torch.randn(16, 48, 3, 3), torch.randn(16))
+    later = videos[: sizes.views, :, 1:]
+    reading = [_timed(lambda: reader.pictures(later))[0] for _ in range(3)]
+    rows.append(_row("reading the heat of all views from them, without the VAE", reading, "s", ("decoding them", decoding)))
     return rows

@@ -18,6 +18,7 @@ _SETTINGS = (
     ("learning rate", "train.learning_rate"),
     ("schedule", "train.schedule"),
     ("weight of RGB", "train.rgb_weight"),
+    ("weight of heat as read", "train.heat_reader_weight"),
     ("frames per window", "data.num_frames"),
     ("recorded frames apart", "data.frame_interval"),
     ("frames from window to window", "data.window_stride"),
@@ -51,8 +52,9 @@ def _about(result: Mapping[str, Any]) -> str:
             "Runs start from `tiny-tracking`: that checkpoint has learned to track from 12 demonstrations of each of 38 other tasks, with "
             "the switch on; where the switch is off, its modulation and norms stay as they are."
         )
-    if result["started_from"]:
-        lines.append(f"Each run goes on from the one of the same switch that this made: `{result['started_from']}`.")
+    if result["start_from"]:
+        made = f", made by `{result['started_from']}`" if result["started_from"] else ""
+        lines.append(f"Each run goes on from the one of the same switch in `{result['start_from']}`{made}.")
     if result["final"]:
         lines.append("These layouts are kept for this measurement; nothing is chosen on them.")
     else:
