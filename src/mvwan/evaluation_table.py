@@ -18,6 +18,7 @@ from rich.table import Table
 
 from mvwan.errors import MvwanError
 from mvwan.files import read_json
+from mvwan.markdown import count
 
 FORMAT_VERSION = 3
 CLOSED_LOOP_FORMAT = 4
@@ -89,7 +90,8 @@ def render(result: Mapping[str, Any]) -> Group:
 
 
 def _overall(result: Mapping[str, Any]) -> Table:
-    title = f"{result['num_windows']} held-out windows of {len(result['episodes'])} episodes, {result['denoise_steps']} denoising steps"
+    held_out, episodes = count(result["num_windows"], "held-out window"), count(len(result["episodes"]), "episode")
+    title = f"{held_out} of {episodes}, {count(result['denoise_steps'], 'denoising step')}"
     sources = [source for source in SOURCES if source in result["measures"]]
     table = _table(title, ["measure"], [source.replace("_", " ") for source in sources])
     for label, values, digits in measure_rows(result["measures"]):

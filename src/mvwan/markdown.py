@@ -1,4 +1,4 @@
-"""Tables and texts as Markdown. Knows nothing of what they say."""
+"""Tables and texts as Markdown, and numbers of things in words. Knows nothing of what they say."""
 
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -13,3 +13,8 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Col
 def escaped(text: str) -> str:
     """`text` on one line, with the signs that Markdown would act upon escaped."""
     return re.sub(r"([\\|*<>`\[])", r"\\\1", " ".join(text.split()))
+
+
+def count(amount: int, noun: str) -> str:
+    """`1 window`, `3 windows`."""
+    return f"{amount} {noun}{'' if amount == 1 else 's'}"

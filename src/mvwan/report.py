@@ -15,6 +15,7 @@ from mvwan import report_figures, report_page
 from mvwan.errors import MvwanError
 from mvwan.evaluation_table import measure_rows
 from mvwan.files import write_file
+from mvwan.markdown import count
 from mvwan.model.trainable_table import human_bytes, percent
 from mvwan.report_frames import SOURCE_NAMES, Window, source_name, window_block
 from mvwan.report_page import Section
@@ -214,9 +215,10 @@ def _losses(records: Sequence[RunRecord]) -> str:
 def _errors(records: Sequence[RunRecord]) -> str:
     first = records[0]
     evaluation = first.evaluation
+    denoised = count(evaluation["denoise_steps"], "denoising step")
     intro = (
         f"<p>{evaluation['num_windows']} windows of {evaluation['num_frames']} frames from held-out episodes "
-        f"({html.escape(', '.join(evaluation['episodes']))}), {evaluation['denoise_steps']} denoising steps, seed {evaluation['seed']}. "
+        f"({html.escape(', '.join(evaluation['episodes']))}), {denoised}, seed {evaluation['seed']}. "
         "<em>Hold first frame</em> predicts that nothing moves, <em>constant velocity</em> that the point goes on as it did over the frame "
         "before, which no run sees, <em>nearest demonstration</em> that it goes on as in the training window that begins most "
         "alike. <em>Encoded and back</em> is the truth encoded, and decoded or read as predictions are: what that alone "

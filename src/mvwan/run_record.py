@@ -14,6 +14,7 @@ import numpy as np
 from mvwan.evaluate import load_prediction
 from mvwan.evaluation_table import read_closed_loop, read_evaluation
 from mvwan.files import read_json, read_json_lines, read_text
+from mvwan.markdown import count
 
 _MOSTLY_LOST = 0.5
 """Where more heatmaps than this have no peak, an error near that of holding says nothing of the run."""
@@ -151,11 +152,6 @@ def _off_against_on(records: Sequence[RunRecord]) -> str:
         f"On minus off: {difference:+.2f} px of peak error on average, on lower in {lower} of {len(known)} windows. One seed of each and "
         "windows of few episodes decide nothing about the switch; that needs several seeds and more episodes."
     )
-
-
-def count(amount: int, noun: str) -> str:
-    """`1 window`, `3 windows`."""
-    return f"{amount} {noun}{'' if amount == 1 else 's'}"
 
 
 def number(value: float | None, digits: int) -> str:

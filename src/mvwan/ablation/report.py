@@ -16,7 +16,7 @@ from mvwan.ablation.rates import Choice
 from mvwan.ablation.statistics import LEVEL, Comparison, Difference
 from mvwan.errors import MvwanError
 from mvwan.files import read_bytes
-from mvwan.markdown import escaped, markdown_table
+from mvwan.markdown import count, escaped, markdown_table
 from mvwan.metrics import rate_in_words
 from mvwan.report_page import Section
 
@@ -82,7 +82,7 @@ def report_html(result: AblationResult) -> str:
         ("settings", "Settings", _settings(result)),
     )
     lead = (
-        f"{_count(len(compared.arms), 'arm')}, {_count(compared.num_seeds, 'seed')}. Runs of one seed see the same data in the same order "
+        f"{count(len(compared.arms), 'arm')}, {count(compared.num_seeds, 'seed')}. Runs of one seed see the same data in the same order "
         "with the same noise. Each arm's learning rate was chosen on validation episodes; arms are compared on test episodes."
     )
     sections = [Section(name, title, body) for name, title, body in parts if body]
@@ -154,16 +154,16 @@ def warnings(result: AblationResult) -> list[str]:
     compared = result.comparison
     found = [warning for choice in compared.choices for warning in choice.warnings]
     if result.failed:
-        found.append(f"{_count(len(result.failed), 'run')} did not finish; the reasons are at the end.")
+        found.append(f"{count(len(result.failed), 'run')} did not finish; the reasons are at the end.")
     if compared.num_seeds < 5:
-        found.append(f"{_count(compared.num_seeds, 'seed')}: so few show large differences only. No difference shown is no proof of none.")
+        found.append(f"{count(compared.num_seeds, 'seed')}: so few show large differences only. No difference shown is no proof of none.")
     return found
 
 
 def _how_decided(compared: Comparison) -> str:
     total = compared.num_verdicts
     return (
-        f"Better or worse is said where p, corrected by Holm for {_count(total, 'verdict')}, is at most {1 - LEVEL:.2g} and the bootstrap "
+        f"Better or worse is said where p, corrected by Holm for {count(total, 'verdict')}, is at most {1 - LEVEL:.2g} and the bootstrap "
         "interval leaves out zero. p and 95 % intervals are those of Student's t over seeds and over episodes together, which hold at few "
         "seeds; the wider ones hold for all verdicts together. Bootstrap intervals draw seeds and episodes and are too short at few. The "
         "effect size is the mean difference in standard deviations over seeds, corrected for few of them; pairs are of one seed and one "
@@ -414,10 +414,6 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _label(compared: Comparison, name: str) -> str:
     return compared.outcomes[name].label or name
-
-
-def _count(amount: int, noun: str) -> str:
-    return f"{amount} {noun}{'' if amount == 1 else 's'}"
 
 
 def _number(value: float) -> str:
