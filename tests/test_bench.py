@@ -100,7 +100,7 @@ def test_the_way_of_the_data(tmp_path: Path) -> None:
     assert rows["saving a checkpoint with its optimizer"]["value"] > 0
     assert rows["from `mvwan train` to its first step"]["value"] > 1
     assert rows["latents of a prediction, 50 denoising steps"]["ratio"] > 5
-    assert rows["reading the heat of all views from them, without the VAE"]["value"] > 0
+    assert rows["reading the heat of all views from them, without the VAE"]["ratio"] < 1
     assert (tmp_path / "start-starts" / "movement.json").is_file(), "the start is that of a real run"
 
 

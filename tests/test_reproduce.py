@@ -108,7 +108,7 @@ def test_runs_go_on_from_those_of_an_earlier_table(made: tuple[Path, str], tmp_p
     text = (tmp_path / "longer" / "results.md").read_text()
     goes_on = f"Each run goes on from the one of the same switch in `{made[0]}`"
     assert f"{goes_on}, made by `mvwan reproduce metaworld7 --task handle-press-v3" in text
-    unknown = read_json(tmp_path / "longer" / "results.json") | {"started_from": None}
+    unknown = read_json(tmp_path / "longer" / "results.json") | {"start_made_by": None}
     assert f"{goes_on}. **Tuning" in markdown(unknown)
     assert f"| started from | {made[0] / '2' / 'off'} |" in text and f"--start-from {made[0]}" in text
     trained_with = yaml.safe_load((tmp_path / "longer" / "2" / "off" / "config.yaml").read_text())

@@ -251,7 +251,7 @@ def collect(wanted: Reproduction, costs: Mapping[str, Mapping[str, Any]], names:
         "suite": wanted.suite,
         "command": wanted.command,
         "start_from": None if wanted.start_from is None else str(wanted.start_from),
-        "started_from": _earlier_command(wanted.start_from),
+        "start_made_by": _earlier_command(wanted.start_from),
         "version": mvwan.__version__,
         "tasks": list(wanted.names),
         "widened": wanted.kind.widened,

@@ -53,7 +53,7 @@ def _about(result: Mapping[str, Any]) -> str:
             "the switch on; where the switch is off, its modulation and norms stay as they are."
         )
     if result["start_from"]:
-        made = f", made by `{result['started_from']}`" if result["started_from"] else ""
+        made = f", made by `{result['start_made_by']}`" if result["start_made_by"] else ""
         lines.append(f"Each run goes on from the one of the same switch in `{result['start_from']}`{made}.")
     if result["final"]:
         lines.append("These layouts are kept for this measurement; nothing is chosen on them.")
