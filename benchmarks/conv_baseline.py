@@ -1,6 +1,7 @@
 """The bar for `mvwan`: a plain convolutional net of 0.9 M parameters, minutes on one core, that predicts the same tool points.
 
     python benchmarks/conv_baseline.py train data/drawer --output runs/conv
+    python benchmarks/conv_baseline.py measure runs/conv data/drawer-test
     python benchmarks/conv_baseline.py trials runs/conv --trials 25
 
 First pictures of all views at 64 px, a spot at the tool point now and the instruction go in, the tool point in all 12 later frames
@@ -13,7 +14,7 @@ the same seed and settings: errors compare horizon for horizon. It trains on win
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,7 @@ from mvwan.config import config_from_dict, parse_overrides
 from mvwan.data.dataset import WindowDataset, episodes_of
 from mvwan.data.transforms import resize
 from mvwan.data.windows import spread
+from mvwan.errors import MvwanError
 from mvwan.evaluate import filled
 from mvwan.files import read_json, whole_directory, write_json
 from mvwan.memory import peak_bytes
@@ -42,6 +44,8 @@ from mvwan.tensors import TensorFile, write_tensors
 
 app = typer.Typer(cls=Door, help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
+NumWindows = Annotated[int, typer.Option("--windows", min=1, help="Held-out windows at most, spread evenly.")]
+
 
 @app.command(epilog="Example: python benchmarks/conv_baseline.py train data/drawer --output runs/conv --set data.window_stride=7")
 def train(
@@ -52,7 +56,7 @@ def train(
     rate: Annotated[float, typer.Option("--learning-rate", min=1e-9, help="Highest learning rate.")] = 2e-3,
     shift_px: Annotated[int, typer.Option("--shift-px", min=0, max=SIZE_PX // 4, help="Pictures are moved by so much at most.")] = 4,
     jitter: Annotated[float, typer.Option("--jitter", min=0, max=1, help="Colours are scaled by so much at most.")] = 0.2,
-    windows: Annotated[int, typer.Option("--windows", min=1, help="Held-out windows at most, spread evenly.")] = 16,
+    windows: NumWindows = 16,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="As for `mvwan train`: data.* counts.")] = None,
     seed: Seed = 0,
 ) -> None:
@@ -81,15 +85,41 @@ def train(
         if not len(held_out):
             typer.echo("no episode is held out, so no error is measured")
             return
-        chosen = spread(len(held_out), windows)
-        result = measure(net, read_windows(held_out, chosen, instructions), [held_out.sample_id(index) for index in chosen])
-        write_json(folder / "evaluation.json", {"seed": seed, "held_out_windows": len(held_out), **result})
-    for source, measured in result["measures"].items():
-        numbers = ", ".join(f"{name} {value:g} mm" for name, value in measured["error_3d_mm"].items() if name != "count")
+        _write_errors(net, held_out, windows, instructions, seed, folder)
+
+
+def _write_errors(net: ConvNet, held_out: WindowDataset, windows: int, instructions: Sequence[str], seed: int, folder: Path) -> None:
+    chosen = spread(len(held_out), windows)
+    result = errors_of(net, read_windows(held_out, chosen, instructions), [held_out.sample_id(index) for index in chosen])
+    write_json(folder / "evaluation.json", {"seed": seed, "held_out_windows": len(held_out), **result})
+    for source, measures in result["measures"].items():
+        numbers = ", ".join(f"{name} {value:g} mm" for name, value in measures["error_3d_mm"].items() if name != "count")
         typer.echo(f"{source}: {numbers} over {result['num_windows']} held-out windows")
 
 
-def measure(net: ConvNet, windows: Windows, names: Sequence[str]) -> dict[str, Any]:
+@app.command(epilog="Example: python benchmarks/conv_baseline.py measure runs/conv data/drawer-test --windows 80")
+def measure(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `train` wrote.")],
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Demonstrations that it was not trained on, of the same tasks.")],
+    windows: NumWindows = 16,
+) -> None:
+    """Measure on another dataset, on the windows that `mvwan evaluate --dataset` takes; writes evaluation.json anew."""
+    known = read_json(run / "settings.json")
+    config = config_from_dict(known["config"], f"{run}: config")
+    data = replace(config.data, validation_share=1.0)
+    held_out = WindowDataset(episodes_of(data, dataset), data, known["views"], "validation", config.seed)
+    if not len(held_out):
+        raise MvwanError(f"{dataset}: its episodes are too short for a window")
+    _write_errors(_net(run, known), held_out, windows, known["instructions"], config.seed, run)
+
+
+def _net(run: Path, known: Mapping[str, Any]) -> ConvNet:
+    net = ConvNet(known["views"], known["config"]["data"]["num_frames"] - 1, len(known["instructions"]))
+    net.load_state_dict(dict(TensorFile(run / "weights.safetensors")))
+    return net.eval()
+
+
+def errors_of(net: ConvNet, windows: Windows, names: Sequence[str]) -> dict[str, Any]:
     """3-D errors in mm over the later frames of held-out windows, by the names that `mvwan evaluate` gives them.
 
     A point that is not found counts as held.
@@ -154,9 +184,7 @@ def trials(
     settings = TrialSettings(execute=execute, control_steps=control_steps, widened=layouts == "widened").check(config)
     data, first = config.data, RESERVED_LAYOUTS if final else FIRST_TUNING_LAYOUT
     source = Demonstrations(data=data, seed=config.seed)
-    net = ConvNet(known["views"], data.num_frames - 1, len(known["instructions"]))
-    net.load_state_dict(dict(TensorFile(run / "weights.safetensors")))
-    policy = Conv(net.eval(), known["instructions"], source.control_steps_per_frame * data.frame_interval, execute)
+    policy = Conv(_net(run, known), known["instructions"], source.control_steps_per_frame * data.frame_interval, execute)
     recorded = {camera.name: camera for camera in source.training[0].cameras}
     lines: list[dict[str, Any]] = []
     for name in dict.fromkeys([task_name(given) for given in task] if task else source.tasks):

@@ -10,7 +10,6 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${OUTPUT_BASE:=runs/finetune}"
 : "${SEQUENCE_LENGTH:=24}"
 : "${NUM_HISTORY_FRAMES:=1}"
-: "${MIN_TRAIL_LENGTH:=10}"
 : "${HEATMAP_SIGMA:=1.5}"
 : "${NUM_EPOCHS:=100}"
 : "${SAVE_EPOCHS_INTERVAL:=10}"
@@ -27,7 +26,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${SCENE_BOUNDS:=}"
 : "${USE_MERGED_POINTCLOUD:=false}"
 
-# Refused with the reason: leave them as they are
+# Refused with the reason: leave them as they are (MIN_TRAIL_LENGTH: refused above the length of a window)
+: "${MIN_TRAIL_LENGTH:=}"
 : "${TRANSFORM_AUG_XYZ:=}"
 : "${USE_DIFFERENT_PROJECTION:=false}"
 
@@ -40,7 +40,6 @@ train+=(
     --output_path "$OUTPUT_PATH"
     --sequence_length "$SEQUENCE_LENGTH"
     --num_history_frames "$NUM_HISTORY_FRAMES"
-    --min_trail_length "$MIN_TRAIL_LENGTH"
     --heatmap_sigma "$HEATMAP_SIGMA"
     --num_epochs "$NUM_EPOCHS"
     --save_steps 0
@@ -54,6 +53,7 @@ if is_true LOAD_PRETRAINED_CHECKPOINT; then
     fi
     train+=(--lora_checkpoint "$PRETRAINED_CHECKPOINT")
 fi
+if [[ -n $MIN_TRAIL_LENGTH ]]; then train+=(--min_trail_length "$MIN_TRAIL_LENGTH"); fi
 if [[ -n $TRAIL_START ]]; then train+=(--trail_start "$TRAIL_START"); fi
 if [[ -n $TRAIL_END ]]; then train+=(--trail_end "$TRAIL_END"); fi
 if [[ -n $SCENE_BOUNDS ]]; then train+=("--scene_bounds=$SCENE_BOUNDS"); fi

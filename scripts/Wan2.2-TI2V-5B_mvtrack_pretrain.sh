@@ -9,12 +9,14 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${MVTRACK_DATA_ROOT:=data/mvtrack}"
 : "${OUTPUT_BASE:=runs/pretrain}"
 : "${SEQUENCE_LENGTH:=12}"
-: "${MIN_SEQUENCE_LENGTH:=20}"
 : "${STEP_INTERVAL:=2}"
 : "${HEATMAP_SIGMA:=2}"
 : "${NUM_EPOCHS:=30}"
 : "${SAVE_EPOCHS_INTERVAL:=2}"
 : "${RGB_LOSS_WEIGHT:=0.5}"
+
+# Refused above the length of a window: leave it as it is
+: "${MIN_SEQUENCE_LENGTH:=}"
 
 # shellcheck source=scripts/launch_training.sh
 source "$here/launch_training.sh"
@@ -24,12 +26,12 @@ train+=(
     --mvtrack_data_root "$MVTRACK_DATA_ROOT"
     --output_path "$OUTPUT_PATH"
     --sequence_length "$SEQUENCE_LENGTH"
-    --min_sequence_length "$MIN_SEQUENCE_LENGTH"
     --heatmap_sigma "$HEATMAP_SIGMA"
     --num_epochs "$NUM_EPOCHS"
     --save_steps 0
     --save_epochs_interval "$SAVE_EPOCHS_INTERVAL"
     --rgb_loss_weight "$RGB_LOSS_WEIGHT"
 )
+if [[ -n $MIN_SEQUENCE_LENGTH ]]; then train+=(--min_sequence_length "$MIN_SEQUENCE_LENGTH"); fi
 check_first "$@"
 exec accelerate launch "${launch[@]}" "$here/heatmap_train_mv.py" "${train[@]}" "$@"

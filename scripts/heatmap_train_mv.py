@@ -264,8 +264,10 @@ def config_of(args: argparse.Namespace) -> Config:
     check_refused(args)
     base = base_of(args)
     num_frames, condition_frames = _frames(args)
-    if args.min_trail_length is not None and args.min_trail_length > (num_frames - 1) * args.step_interval + 1:
-        _refuse("min_trail_length", args.min_trail_length, "shorter episodes are not left out while they hold a window")
+    span = (num_frames - 1) * args.step_interval + 1
+    if args.min_trail_length is not None and args.min_trail_length > span:
+        flag = "min_sequence_length" if args.mvtrack_data_root else "min_trail_length"
+        _refuse(flag, args.min_trail_length, f"every episode that holds a window of {span} frames is trained on")
     sigma_px = args.heatmap_sigma if args.heatmap_sigma is not None else 5.0 if args.mvtrack_data_root else 1.5
     values: dict[str, Any] = {
         "base": {"source": base},

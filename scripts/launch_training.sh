@@ -44,6 +44,11 @@
 : "${USE_CPU:=false}"
 : "${NUM_CPU_THREADS:=$((($(nproc) + NUM_GPUS - 1) / NUM_GPUS))}"
 
+if ((NUM_NODES > 1)) && [[ -z ${OUTPUT_PATH:-} ]]; then
+    echo "NUM_NODES=$NUM_NODES needs OUTPUT_PATH: one folder that all nodes share. Set it to the same on each." >&2
+    exit 2
+fi
+
 # is_true NAME: whether the variable NAME is true; anything but true and false stops the script.
 is_true() {
     case ${!1} in

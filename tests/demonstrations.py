@@ -8,8 +8,8 @@ from mvwan.cameras import Camera
 from mvwan.data.lerobot import write_dataset
 
 
-def write_demonstrations(root: Path, first: int = 0) -> Path:
-    """`root`, a dataset of four episodes of nine frames at 64 px in three views; the ball is drawn where it projects.
+def write_demonstrations(root: Path, first: int = 0, episodes: int = 4) -> Path:
+    """`root`, a dataset of `episodes` of nine frames at 64 px in three views; the ball is drawn where it projects.
 
     Another `first` gives other paths. The gripper closes on its way, one frame later in each episode.
     """
@@ -22,7 +22,7 @@ def write_demonstrations(root: Path, first: int = 0) -> Path:
         cameras.append(Camera(name=name, width_px=64, height_px=64, intrinsics=intrinsics, world_to_camera=pose))
     rows, columns = np.mgrid[0:64, 0:64] + 0.5
     with write_dataset(root, cameras=cameras, fps=10, action_names=("dx", "dy", "dz", "gripper"), robot_type="ball") as writer:
-        for episode in range(4):
+        for episode in range(episodes):
             draw = np.random.default_rng(first + episode)
             start, end = draw.uniform(-0.3, 0.3, (2, 3))
             point_m = np.linspace(start, end, 9)

@@ -28,13 +28,13 @@ from mvwan.ablate import run_ablation
 from mvwan.ablation.check import check_grid
 from mvwan.ablation.cluster import run_on_cluster
 from mvwan.ablation.grid import Grid, read_grid
-from mvwan.ablation.jobs import Job, only_worker, run_jobs
+from mvwan.ablation.jobs import Job, run_jobs
 from mvwan.ablation.outcomes import measured_windows, open_cache
 from mvwan.checkpoint import TRAINED, find_checkpoint
-from mvwan.config import Config
+from mvwan.config import Config, FlowConfig, merge
 from mvwan.data.dataset import WindowDataset, read_episodes
 from mvwan.errors import MvwanError
-from mvwan.files import read_json, read_json_lines
+from mvwan.files import only_worker, read_json, read_json_lines, write_json
 from mvwan.presets import config_from_preset
 from mvwan.processes import Failure
 from mvwan.train_data import micro_batches
@@ -46,6 +46,7 @@ from tests.kill_and_resume import small_run
 torch.set_num_threads(1)  # sizes are tiny: waking threads costs more than they do
 
 OFF, ON = "unfreeze_modulation_and_norms=false", "unfreeze_modulation_and_norms=true"
+NOISE = FlowConfig(sigma_min=0.3)
 _LONGEST_S = 300
 
 
@@ -56,6 +57,7 @@ def grid_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = small_run(folder)
     del settings["unfreeze_modulation_and_norms"], settings["train"]["learning_rate"], settings["train"]["ema_decay"]
     settings["data"]["validation_share"] = 0.5
+    settings["flow"] = {"sigma_min": NOISE.sigma_min}
     settings["train"] |= {"steps": 3, "warmup_steps": 1, "save_every": 1, "evaluate_every": 3}
     grid = {"preset": "debug", "settings": settings, "vary": {"unfreeze_modulation_and_norms": [False, True]}}
     grid |= {"learning_rates": [1e-3, 1e-2], "seeds": 1, "denoise_steps": 1}
@@ -110,8 +112,9 @@ def test_a_grid_runs_to_a_table_and_a_report(made: tuple[Path, str, str]) -> Non
 def test_every_number_is_a_row(made: tuple[Path, str, str]) -> None:
     rows = pq.read_table(made[0] / "results.parquet").to_pylist()
     outcomes = {row["outcome"] for row in rows}
-    bands = {f"{stream}_loss@{name}" for stream in ("rgb", "heat") for _, _, name in flow.sigma_bands()}
-    assert bands | set(ablate.OUTCOMES) - {"success"} <= outcomes
+    bands = {f"{stream}_loss@{name}" for stream in ("rgb", "heat") for _, _, name in flow.sigma_bands(NOISE)}
+    assert len(bands) == 4 and bands == {name for name in outcomes if "_loss@" in name}, "noise that nothing trains at decides nothing"
+    assert set(ablate.OUTCOMES) - {"success"} <= outcomes
     assert {name for name in outcomes if name.startswith("peak_error_px@")} == {f"peak_error_px@{part}" for part in ("1-2", "3", "4")}
     of_split = {split: {row["episode"] for row in rows if row["split"] == split and row["episode"]} for split in ("validation", "test")}
     assert of_split["validation"] and of_split["test"] and not of_split["validation"] & of_split["test"]
@@ -127,7 +130,7 @@ def test_every_number_is_a_row(made: tuple[Path, str, str]) -> None:
 
 def test_jobs_share_the_gpus_in_turn(tmp_path: Path) -> None:
     config = config_from_preset("debug", {"data": {"root": str(tmp_path / "none")}})
-    options = {"test_dataset": None, "windows": 1}
+    options = {"test_dataset": None, "seeds": 1, "windows": 1}
     folders = [tmp_path / str(number) for number in range(3)]
     jobs = [
         Job(name=folder.name, kind="encode", folder=folder, product=folder / "done", key="", config=config, options=options)
@@ -182,6 +185,25 @@ def test_a_grid_goes_on_from_the_runs_of_another_and_says_how_they_fit(made: tup
     assert all(f"parameters trained: {told}" not in checked.describe() and told in checked.describe() for told in started.values())
 
 
+def test_runs_of_an_earlier_start_are_not_taken_for_new_ones(made: tuple[Path, str, str], tmp_path: Path) -> None:
+    """The grid says the same, but what its checkpoint holds has changed since."""
+    first, start = read_grid(made[0] / "grid.yaml"), tmp_path / "start"
+    shutil.copytree(folders_of(made[0])[0], start)
+    grid = replace(first, settings=merge(first.settings, {"train": {"from_checkpoint": str(start)}}), learning_rates=(1e-3,))
+    grid = replace(grid, accept_trainable_change=True)
+    job, *_ = ablate._training_jobs(check_grid(grid, tmp_path / "out"))
+    write_json(job.folder / "training.json", {"trained_from": job.options["trained_from"]})
+    assert check_grid(grid, tmp_path / "out").keys[job.folder] == job.key
+    shutil.rmtree(start)
+    shutil.copytree(folders_of(made[0])[1], start)
+    with pytest.raises(MvwanError, match=r"trained from another base, checkpoint or data set.*remove that folder"):
+        check_grid(grid, tmp_path / "out")
+    (job.folder / "training.json").unlink()
+    (job.folder / "checkpoints").mkdir()
+    with pytest.raises(MvwanError, match="trained from another base"):
+        check_grid(grid, tmp_path / "out")
+
+
 def test_another_grid_in_the_folder_is_refused_with_the_difference(made: tuple[Path, str, str], tmp_path: Path) -> None:
     grid = read_grid(made[0] / "grid.yaml")
     with pytest.raises(MvwanError, match="seeds: 1 before, 2 now"):
@@ -228,7 +250,7 @@ def test_sigterm_stops_every_run_and_says_that_it_goes_on(grid_file: Path, tmp_p
     with only_worker(next(output.glob("runs/*/*/*")), wait=False):
         pass  # nobody works there any more
     with only_worker(output, wait=False):
-        assert "another ablation is at work" in ablated(grid_file, output).stderr
+        assert "another command is at work" in ablated(grid_file, output).stderr
 
 
 def test_a_run_that_fails_is_named_and_alone_repeated(made: tuple[Path, str, str], grid_file: Path, tmp_path: Path) -> None:
@@ -350,20 +372,32 @@ def config_of(root: Path, share: float) -> Config:
 
 
 def test_held_out_episodes_are_halved_and_one_is_too_few(tiny_demonstrations: Path) -> None:
-    split = measured_windows(config_of(tiny_demonstrations, 0.75), None)
+    split = measured_windows(config_of(tiny_demonstrations, 0.75), None, 1)
     names = {name: {episode.name for episode in windows.windows.used_episodes()} for name, windows in split.items()}
     assert [len(names["validation"]), len(names["test"])] == [1, 2] and not names["validation"] & names["test"]
     with pytest.raises(MvwanError, match=r"two are needed.*Raise data.validation_share=0.25, or give --test-dataset"):
-        measured_windows(config_of(tiny_demonstrations, 0.25), None)
+        measured_windows(config_of(tiny_demonstrations, 0.25), None, 1)
+
+
+def test_what_tests_in_one_seed_chooses_rates_in_none(tmp_path: Path) -> None:
+    config = config_of(write_demonstrations(tmp_path / "twelve", episodes=12), 0.5)
+    of_split: dict[str, set[str]] = {"validation": set(), "test": set()}
+    for seed in range(5):
+        split = measured_windows(replace(config, seed=seed), None, 5)
+        names = {name: {episode.name for episode in windows.windows.used_episodes()} for name, windows in split.items()}
+        assert all(names.values()) and sum(map(len, names.values())) == 6
+        for name, episodes in names.items():
+            of_split[name] |= episodes
+    assert not of_split["validation"] & of_split["test"]
 
 
 def test_a_dataset_of_its_own_tests_and_must_be_new(tiny_demonstrations: Path, tmp_path: Path) -> None:
     with pytest.raises(MvwanError, match="another --seed"):
-        measured_windows(config_of(tiny_demonstrations, 0.25), tiny_demonstrations)
+        measured_windows(config_of(tiny_demonstrations, 0.25), tiny_demonstrations, 1)
     with pytest.raises(MvwanError, match="no learning rate can be chosen"):
-        measured_windows(config_of(tiny_demonstrations, 0), tiny_demonstrations)
+        measured_windows(config_of(tiny_demonstrations, 0), tiny_demonstrations, 1)
     more = write_demonstrations(tmp_path / "more", first=4)
-    split = measured_windows(config_of(tiny_demonstrations, 0.25), more)
+    split = measured_windows(config_of(tiny_demonstrations, 0.25), more, 1)
     assert len(split["test"].windows.used_episodes()) == 4 and len(split["validation"].windows.used_episodes()) == 1
 
 

@@ -77,6 +77,7 @@ def test_a_grid_comes_back_from_its_file(tmp_path: Path) -> None:
         learning_rates=(1e-3, 3e-3),
         seeds=5,
         test_dataset="data/more",
+        trials=2,
         tasks=("drawer-open-v3",),
     )
     (tmp_path / "grid.yaml").write_text(grid.to_yaml())
@@ -102,6 +103,9 @@ def test_differences_name_the_setting_and_both_values() -> None:
         ({"vary": {"data.trail.size_px": [64, 128]}}, "no pairs to compare"),
         ({"vary": {"base.source": ["tiny", "other"]}}, "compared on one base"),
         ({"vary": {"train": [{}, {"steps": 3}]}}, "it is swept"),
+        ({"vary": {"train.ema_decay": [0.0, 0.99]}}, "the last weights, not their average"),
+        ({"vary": SWITCH, "tasks": ["drawer-open"]}, "Give --trials"),
+        ({"vary": SWITCH, "execute": 4}, "Give --trials"),
         ({"vary": SWITCH, "settings": {"seed": 3}}, "--set seed: --seeds decides it"),
         ({"arms": {"a": {}, "b": {"model": {"views": 2}}}}, "arms: b: model.views"),
         ({"vary": {"unfreeze_modulation_and_norms": [True]}}, "nothing to compare"),

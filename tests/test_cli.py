@@ -57,7 +57,7 @@ INTERFACE = {
     "demo": ["--output", "--task", "--episodes", "--steps", "--windows", "--trials", "--seed", "--fresh"],
     "reproduce": [
         *("table", "--output", "--steps", "--trials", "--demonstrations", "--task", "--switch", "--set", "--start-from"),
-        *("--execute", "--denoise-steps"),
+        *("--execute", "--denoise-steps", "--test-demonstrations"),
         *("--control-steps", "--videos", "--seed", "--processes", "--baseline", "--baseline-steps", "--tuning", "--fresh", "--dry-run"),
     ],
     "bench": [

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from mvwan.data.dataset import WindowDataset, read_episodes
+from mvwan.data.windows import spread
 from mvwan.presets import config_from_preset
 from mvwan.sim.metaworld import record
 
@@ -36,6 +38,12 @@ def test_it_learns_is_measured_on_held_out_windows_and_drives(tmp_path: Path) ->
     assert "predicted: mean" in said and "hold_first: mean" in said
     about = json.loads((tmp_path / "net" / "settings.json").read_text())
     assert 0.7e6 < about["parameters"] < 1.1e6
+    record("handle-press-v3", 1, tmp_path / "test", seed=50, size_px=64, progress=False)
+    assert "predicted: mean" in command("measure", str(tmp_path / "net"), str(tmp_path / "test"), "--windows", "3")
+    result = json.loads((tmp_path / "net" / "evaluation.json").read_text())
+    whole = replace(config.data, root=str(tmp_path / "test"), validation_share=1.0)
+    others = WindowDataset(read_episodes(whole.root), whole, 3, "validation", config.seed)
+    assert [row["sample_id"] for row in result["windows"]] == [others.sample_id(index) for index in spread(len(others), 3)]
     command("trials", str(tmp_path / "net"), "--trials", "1", "--execute", "4")
     trials = json.loads((tmp_path / "net" / "closed_loop.json").read_text())
     assert trials["tasks"]["handle-press-v3"]["conv"]["trials"] == 1

@@ -21,7 +21,7 @@ def test_every_preset_is_a_valid_config(name: str) -> None:
 def test_finetune_carries_the_hyper_parameters_in_use() -> None:
     config = config_from_preset("wan2.2-ti2v-5b")
     assert (config.data.num_frames, config.data.height_px, config.data.width_px, config.data.heatmap_sigma_px) == (25, 256, 256, 1.5)
-    assert (config.trainable.lora.rank, config.trainable.lora.alpha) == (32, 32)
+    assert (config.trainable.lora.rank, config.trainable.lora.alpha) == (32, None), "alpha = rank, also where another rank is set"
     assert (config.train.learning_rate, config.train.weight_decay, config.train.max_gradient_norm) == (1e-4, 0, 1)
     assert (config.train.warmup_steps, config.train.gradient_accumulation, config.train.precision) == (100, 4, "bf16")
     assert config.unfreeze_modulation_and_norms is False

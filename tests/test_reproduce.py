@@ -8,16 +8,23 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mvwan.data.dataset import read_episodes
 from mvwan.errors import MvwanError
+from mvwan.evaluation_table import read_evaluation
 from mvwan.files import read_json, read_json_lines, write_json
 from mvwan.reproduce import plan_stages
 from mvwan.reproduce_table import markdown
 from mvwan.sim.metaworld import RESERVED_LAYOUTS
-from mvwan.suites import SUITES, Reproduction
+from mvwan.suites import SUITES, TEST_LAYOUTS, Reproduction
 
 TASK = "handle-press-v3"
 SMALLEST = ["--task", "handle-press", "--demonstrations", "2", "--steps", "2", "--trials", "1", "--execute", "4", "--denoise-steps", "1"]
+SMALLEST += ["--test-demonstrations", "1"]
 SMALLEST += [word for name in ("num_frames=5", "height_px=64", "width_px=64", "window_stride=16") for word in ("--set", f"data.{name}")]
+
+
+DATA = ("Record test demonstrations", "Record 2", "Encode")
+TRIALS = ("Measure predicted paths", "Let the arm move")
 
 
 def reproduce(output: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -49,12 +56,27 @@ def test_the_table_shows_rates_beside_controls_and_says_what_they_are_worth(made
     assert printed.rstrip().endswith(f"results: {output / 'results.md'}")
 
 
+def test_predicted_paths_are_measured_on_layouts_of_their_own(made: tuple[Path, str]) -> None:
+    output, _ = made
+    evaluation = read_evaluation(output / "2" / "off" / "evaluation.json")
+    tested, trained = ([episode.name for episode in read_episodes(folder)] for folder in (output / "test", output / "2" / "demonstrations"))
+    assert [int(name.split("/")[1]) >= TEST_LAYOUTS for name in [*tested, *trained]] == [True, False, False]
+    assert 0 < evaluation["num_windows"] <= 12
+    text = (output / "results.md").read_text()
+    assert f"Predicted paths on {evaluation['num_windows']} windows from 1 demonstration per task" in text
+    shown = {line.split("|")[1].strip(): line for line in text.splitlines()}
+    for column, source in (("switch off", "predicted"), ("nearest", "nearest"), ("hold first", "hold_first")):
+        error = evaluation["measures"][source]["error_3d_mm"]
+        numbers = (error["mean"], error["median"], error["p95"], error["per_frame"][-1])
+        assert shown[column] == f"| {column} | {' | '.join(f'{number:.1f}' for number in numbers)} |"
+
+
 def test_a_second_call_repeats_nothing_and_other_settings_lose_nothing(made: tuple[Path, str]) -> None:
     output, _ = made
     before = (output / "2" / "off" / "rollouts.jsonl").read_text()
     again = reproduce(output, "--switch", "off", "--tuning")
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("finished earlier") == 4
+    assert again.stdout.count("finished earlier") == 6
     other = reproduce(output, "--switch", "off", "--tuning", "--set", "train.learning_rate=1e-4")
     assert other.returncode == 2 and "made with other settings" in other.stderr
     assert (output / "2" / "off" / "rollouts.jsonl").read_text() == before
@@ -63,9 +85,11 @@ def test_a_second_call_repeats_nothing_and_other_settings_lose_nothing(made: tup
 def test_a_dry_run_names_every_stage_and_does_nothing(tmp_path: Path) -> None:
     done = reproduce(tmp_path / "new", "--dry-run")
     assert done.returncode == 0, done.stderr
-    for number, stage in enumerate(("Record", "Encode", "Train on", "Train on", "Let the arm move", "Let the arm move"), 1):
+    for number, stage in enumerate((*DATA, "Train on", "Train on", *TRIALS, *TRIALS), 1):
         assert f"\n{number}. {stage}" in done.stdout
     assert f"first_layout {RESERVED_LAYOUTS}" in done.stdout
+    without = reproduce(tmp_path / "new", "--dry-run", "--test-demonstrations", "0")
+    assert "Measure predicted paths" not in without.stdout and "Record test demonstrations" not in without.stdout
     assert not (tmp_path / "new").exists()
 
 
@@ -80,10 +104,11 @@ def test_the_published_numbers_are_those_printed() -> None:
     [
         ({"suite": "metaworld8"}, "no such table"),
         ({"overrides": ["train.steps=5"]}, "--steps decides it here"),
-        ({"seed": 799_999}, "must stay below 800000"),
+        ({"seed": 699_999}, "must stay below 700000"),
         ({"suite": "metaworld7-wide", "tasks": ["door-open"], "baseline": Path(__file__)}, "no widened layouts"),
         ({"suite": "metaworld7-wide", "baseline": Path("nowhere.py")}, "no such script"),
         ({"trials": 0}, "--trials 0"),
+        ({"test_demonstrations": -1}, "--test-demonstrations -1"),
         ({"start_from": Path("earlier"), "overrides": ["train.from_checkpoint=tiny-tracking"]}, "--start-from decides it here"),
     ],
 )
@@ -99,7 +124,7 @@ def test_a_change_in_what_the_baseline_imports_repeats_its_stages(tmp_path: Path
     before = [stage.settings for stage in plan_stages(wanted) if "baseline" in stage.name]
     (tmp_path / "net.py").write_text("WIDTH = 2")
     after = [stage.settings for stage in plan_stages(wanted) if "baseline" in stage.name]
-    assert len(before) == 4 and all(old != new for old, new in zip(before, after, strict=True))
+    assert len(before) == 6 and all(old != new for old, new in zip(before, after, strict=True))
 
 
 def test_runs_go_on_from_those_of_an_earlier_table(made: tuple[Path, str], tmp_path: Path) -> None:
@@ -121,7 +146,7 @@ def test_an_unfinished_table_says_so(made: tuple[Path, str], tmp_path: Path) -> 
     result = read_json(made[0] / "results.json")
     write_json(tmp_path / "results.json", {**result, "unfinished_stages": ["Train on more"], "final": True})
     text = markdown(read_json(tmp_path / "results.json"))
-    assert "**Unfinished**: 1 stages" in text and "nothing is chosen on them" in text
+    assert "**Unfinished**: 1 stage still to come" in text and "nothing is chosen on them" in text
 
 
 def test_a_training_that_was_cut_off_costs_all_its_steps(made: tuple[Path, str]) -> None:

@@ -293,6 +293,13 @@ def test_a_launch_script_refuses_in_one_sentence(tmp_path: Path, script_file: Pa
     assert not output.exists()
 
 
+@pytest.mark.parametrize("script_file", [PRETRAIN, FINETUNE])
+def test_nodes_that_would_write_to_different_folders_are_refused(script_file: Path) -> None:
+    done = launch(script_file, MODEL_BASE_PATH=BASE, NUM_NODES="2")
+    assert done.returncode == 2
+    assert done.stderr == "NUM_NODES=2 needs OUTPUT_PATH: one folder that all nodes share. Set it to the same on each.\n"
+
+
 TINY = {
     "MODEL_BASE_PATH": "tiny",
     "USE_CPU": "true",
@@ -300,8 +307,6 @@ TINY = {
     "HEIGHT": "64",
     "WIDTH": "64",
     "SEQUENCE_LENGTH": "4",
-    "MIN_SEQUENCE_LENGTH": "1",
-    "MIN_TRAIL_LENGTH": "1",
     "LORA_RANK": "4",
     "GRADIENT_ACCUMULATION_STEPS": "1",
     "WARMUP_STEPS": "0",

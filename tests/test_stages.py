@@ -6,16 +6,14 @@ import pytest
 from rich.console import Console
 
 from mvwan.errors import MvwanError
-from mvwan.files import read_json, write_json
-from mvwan.stages import Stages, prepare_folder
+from mvwan.files import read_json
+from mvwan.stages import Stages, own_folder
 
 
 def test_stages_are_keyed_by_settings_and_forerunners(tmp_path: Path) -> None:
     done: list[str] = []
 
     def play(first: int, second: int, fail: bool = False) -> None:
-        stages = Stages(tmp_path, Console(quiet=True))
-
         def work(name: str, product: Path) -> None:
             product.mkdir(exist_ok=True)
             (product / f"{name}-{len(done)}").touch()
@@ -23,10 +21,11 @@ def test_stages_are_keyed_by_settings_and_forerunners(tmp_path: Path) -> None:
             if fail:
                 raise KeyboardInterrupt
 
-        stages.run("a", {"value": first}, tmp_path / "a", lambda: work("a", tmp_path / "a"))
-        stages.run("b", {"value": second}, tmp_path / "b", lambda: work("b", tmp_path / "b"))
+        with own_folder(tmp_path, "reproduction"):
+            stages = Stages(tmp_path, Console(quiet=True))
+            stages.run("a", {"value": first}, tmp_path / "a", lambda: work("a", tmp_path / "a"))
+            stages.run("b", {"value": second}, tmp_path / "b", lambda: work("b", tmp_path / "b"))
 
-    write_json(tmp_path / "stages.json", {})
     play(1, 1)
     play(1, 1)
     assert done == ["a", "b"]
@@ -62,6 +61,8 @@ def test_a_stage_may_stand_on_a_named_one_and_then_others_do_not_matter(tmp_path
         return stages
 
     is_stale: dict[str, bool] = {}
+    with own_folder(tmp_path, "reproduction"):
+        pass
     play(1, 1)
     assert is_stale == {"a": False, "b": False, "c": False}
     play(1, 2)
@@ -71,6 +72,14 @@ def test_a_stage_may_stand_on_a_named_one_and_then_others_do_not_matter(tmp_path
     assert done[4:] == ["a", "c"]
 
 
+def test_a_product_of_which_nothing_is_known_is_taken_for_that_of_others(tmp_path: Path) -> None:
+    with own_folder(tmp_path, "reproduction"):
+        stages = Stages(tmp_path, Console(quiet=True))
+        (tmp_path / "a").mkdir()
+        assert stages.is_of_others("a", stages.key_of("a", {}, stages.start), tmp_path / "a")
+        assert not stages.is_of_others("b", stages.key_of("b", {}, stages.start), tmp_path / "b")
+
+
 def test_costs_are_known_again_and_interrupted_attempts_are_counted(tmp_path: Path) -> None:
     def work() -> None:
         if not (tmp_path / "started").exists():
@@ -78,6 +87,8 @@ def test_costs_are_known_again_and_interrupted_attempts_are_counted(tmp_path: Pa
             raise KeyboardInterrupt
         (tmp_path / "product").touch()
 
+    with own_folder(tmp_path, "reproduction"):
+        pass
     with pytest.raises(KeyboardInterrupt):
         Stages(tmp_path, Console(quiet=True)).run("a", {}, tmp_path / "product", work)
     first, again = Stages(tmp_path, Console(quiet=True)), Stages(tmp_path, Console(quiet=True))
@@ -87,13 +98,18 @@ def test_costs_are_known_again_and_interrupted_attempts_are_counted(tmp_path: Pa
     again = Stages(tmp_path, Console(quiet=True))
     again.run("a", {}, tmp_path / "product", work)
     assert again.costs == first.costs
-    assert read_json(tmp_path / "stages.json")["a"]["is_finished"]
+    assert read_json(tmp_path / "stages.json")["stages"]["a"]["is_finished"]
 
 
 def test_foreign_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(MvwanError, match="no reproduction of mvwan"):
-        prepare_folder(tmp_path, "reproduction", fresh=True, products=("thesis.txt",))
-    with pytest.raises(MvwanError, match="a file, not a folder"):
-        prepare_folder(tmp_path / "thesis.txt", "reproduction")
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(MvwanError, match="no reproduction of mvwan"), own_folder(tmp_path, "reproduction", True, ("thesis.txt",)):
+        pass
+    with pytest.raises(MvwanError, match="a file, not a folder"), own_folder(tmp_path / "thesis.txt", "reproduction"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"] and (tmp_path / "thesis.txt").read_text() == "years of work"
+    with own_folder(tmp_path / "tables", "reproduction"):
+        for what, said in (("demo", "no demo of mvwan"), ("reproduction", "another command is at work")):
+            with pytest.raises(MvwanError, match=said), own_folder(tmp_path / "tables", what, True, ("stages.json",)):
+                pass
+    assert read_json(tmp_path / "tables" / "stages.json") == {"of": "reproduction", "stages": {}}

@@ -27,16 +27,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import mvwan
 from mvwan import pictures
-from mvwan.ablation.check import Checked, rgb_weight
+from mvwan.ablation.check import Checked, reference_config
 from mvwan.ablation.cluster import Cluster, check_cluster, run_on_cluster
 from mvwan.ablation.grid import GRID, Grid, Run
-from mvwan.ablation.jobs import Job, only_worker, run_jobs
+from mvwan.ablation.jobs import Job, run_jobs
 from mvwan.ablation.rates import choose
 from mvwan.ablation.report import AblationResult, report_html, table_markdown
 from mvwan.ablation.statistics import Comparison, Measurement, Outcome, compare
 from mvwan.errors import MvwanError
 from mvwan.evaluate import load_prediction
-from mvwan.files import read_json, read_json_lines, sha256_json, whole_file, write_file, write_json
+from mvwan.files import only_worker, read_json, read_json_lines, sha256_json, whole_file, write_file, write_json
 from mvwan.model.latents import codec_digest
 from mvwan.processes import Failure, visible_gpus
 from mvwan.trainings import as_many_as_fit
@@ -139,18 +139,20 @@ def _encode_jobs(checked: Checked) -> list[Job]:
                 product=folder / "encoded.json",
                 key=key,
                 config=config,
-                options={"test_dataset": checked.grid.test_dataset},
+                options={"test_dataset": checked.grid.test_dataset, "seeds": checked.grid.seeds},
             ),
         )
     return list(jobs.values())
 
 
 def _training_jobs(checked: Checked) -> list[Job]:
-    grid = checked.grid
+    grid, reference = checked.grid, reference_config(checked.grid)
     options = {
         "test_dataset": grid.test_dataset,
+        "seeds": grid.seeds,
         "windows": grid.windows,
-        "rgb_weight": rgb_weight(grid),
+        "rgb_weight": reference.train.rgb_weight,
+        "noise": reference.flow,
         "accept_trainable_change": grid.accept_trainable_change,
     }
     return [
@@ -161,7 +163,7 @@ def _training_jobs(checked: Checked) -> list[Job]:
             product=run.folder / OUTCOMES_FILE,
             key=checked.keys[run.folder],
             config=run.config,
-            options=options,
+            options={**options, "trained_from": checked.trained_from[run.folder]},
         )
         for run in checked.runs
     ]
@@ -173,6 +175,7 @@ def _prediction_jobs(checked: Checked, chosen: Mapping[str, float], done: set[Pa
     for run in (run for run in checked.runs if run.folder in done and chosen.get(run.arm) == run.learning_rate):
         options = {
             "test_dataset": grid.test_dataset,
+            "seeds": grid.seeds,
             "windows": grid.windows,
             "denoise_steps": grid.denoise_steps,
             "trials": grid.trials,

@@ -92,11 +92,15 @@ def ablate(
         ),
     ] = None,
     processes: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--processes", min=1, help="Runs at the same time, as far as memory holds them; they divide the machine's threads and GPUs."
+            "--processes",
+            min=1,
+            help="Runs at the same time, as far as memory holds them; they divide the machine's threads and GPUs. Not given: 1, on "
+            "Slurm all.",
+            show_default=False,
         ),
-    ] = 1,
+    ] = None,
     cluster: Annotated[
         Cluster | None,
         typer.Option(
@@ -145,6 +149,7 @@ def ablate(
     if dry_run:
         return
     options = parse_overrides(cluster_option or [], "--cluster-option")
+    processes = processes or (len(checked.runs) if cluster == "slurm" else 1)
     made = run_ablation(checked, processes, cluster=None if cluster is None else cluster.value, cluster_options=options)
     typer.echo(f"\n{made.table}\nreport: {made.report}")
     for failure in made.failures:

@@ -54,6 +54,10 @@ def reproduce(
     ] = None,
     execute: Annotated[int, typer.Option("--execute", min=1, help="Waypoints to follow before a run looks again.")] = 8,
     denoise_steps: Annotated[int, typer.Option("--denoise-steps", min=1, help="Euler steps from noise to video.")] = 5,
+    test_demonstrations: Annotated[
+        int,
+        typer.Option("--test-demonstrations", min=0, help="Per task, from layouts of their own, to measure predicted paths on; 0: none."),
+    ] = 3,
     control_steps: Annotated[
         int, typer.Option("--control-steps", min=1, help="After which a trial is given up; Meta-World's own limit is 500.")
     ] = 500,
@@ -84,6 +88,7 @@ def reproduce(
         trials=trials,
         execute=execute,
         denoise_steps=denoise_steps,
+        test_demonstrations=test_demonstrations,
         control_steps=control_steps,
         videos=videos,
         seed=seed,

@@ -29,7 +29,7 @@ from mvwan.precision import has_fast_bfloat16
 from mvwan.presets import config_from_preset
 from mvwan.report import write_report
 from mvwan.run_record import RunRecord, findings
-from mvwan.stages import Stages, prepare_folder
+from mvwan.stages import Stages, own_folder
 from mvwan.trainings import Training, train_side_by_side
 
 STEPS, STEPS_WITHOUT_BFLOAT16 = 400, 120
@@ -65,7 +65,11 @@ def run_demo(
     """
     output, console = Path(output), console or Console(highlight=False)
     steps = steps or (STEPS if has_fast_bfloat16() else STEPS_WITHOUT_BFLOAT16)
-    prepare_folder(output, "demo", fresh, _PRODUCTS)
+    with own_folder(output, "demo", fresh, _PRODUCTS):
+        return _demo(output, task, episodes, steps, windows, trials, seed, console)
+
+
+def _demo(output: Path, task: str, episodes: int, steps: int, windows: int, trials: int, seed: int, console: Console) -> Path:
     from mvwan.closed_loop import TrialSettings, evaluate_closed_loop
     from mvwan.closed_loop import render as render_trials
     from mvwan.sim.metaworld import record

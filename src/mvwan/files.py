@@ -1,10 +1,11 @@
-"""Files that are whole or not there: atomic writes, JSON, hashes, commit marks.
+"""Files that are whole or not there: atomic writes, JSON, hashes, commit marks, one worker at a time.
 
 A write goes to a hidden sibling first and takes its name in one rename, after its bytes are on the disk: a killed process leaves
 the old file, or a hidden `.<name>.<random>.partial` that `remove_leftovers` clears. Knows nothing of what is in the files.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +20,8 @@ from typing import Any
 from mvwan.errors import MvwanError
 
 COMMIT_MARK = "COMMITTED"
+LOCK = ".lock"
+"""In a folder where one process works at a time."""
 _PARTIAL = ".partial"
 _DEEPEST_JSON = 100
 _DISK_ERRORS = {
@@ -75,6 +78,18 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
             _sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def only_worker(folder: Path, *, wait: bool) -> Iterator[None]:
+    """While the block lasts nobody else is in such a block for `folder`; with `wait` after whoever is there now, else `MvwanError`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MvwanError(f"{folder}: another command is at work in it. Wait for it, or choose another --output.") from None
+        yield
 
 
 def remove_leftovers(folder: str | Path) -> list[str]:

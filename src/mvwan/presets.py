@@ -47,7 +47,7 @@ _READER = 100.0
 _FINETUNE: dict[str, Any] = {
     "base": {"source": "wan2.2-ti2v-5b", "dtype": "bfloat16"},
     "model": {"gradient_checkpointing": True},
-    "trainable": {"lora": {"rank": 32, "alpha": 32}},
+    "trainable": {"lora": {"rank": 32}},
     "data": {"num_frames": 25, "frame_interval": 1, "height_px": 256, "width_px": 256, "heatmap_sigma_px": 1.5, "text_tokens": 512},
     "train": {
         "steps": 10_000,

@@ -1,8 +1,9 @@
 """The tables of results in one command: record, train one model for several tasks with the switch off and on, let the arm move, write.
 
+    <output>/test                                        demonstrations of other layouts, which predicted paths are measured on
     <output>/<demonstrations>/demonstrations, latents    of every task, in one dataset
-    <output>/<demonstrations>/off, on                    the runs, each with its `closed_loop.json`
-    <output>/<demonstrations>/conv                       the convolutional baseline, where there is one
+    <output>/<demonstrations>/off, on                    the runs, each with its `evaluation.json` and `closed_loop.json`
+    <output>/<demonstrations>/conv                       the convolutional baseline, where there is one, with the same files
     <output>/results.md, results.json                    the tables; written anew whenever trials are finished
 
 A stage that `stages` finds finished is not repeated; trainings and trials that were cut off go on. All demonstrations are trained on:
@@ -26,6 +27,8 @@ from mvwan.closed_loop import evaluate_closed_loop, render
 from mvwan.config import Config, dump_yaml
 from mvwan.data.dataset import WindowDataset, episodes_of
 from mvwan.errors import MvwanError
+from mvwan.evaluate import evaluate_prediction
+from mvwan.evaluation_table import read_evaluation
 from mvwan.files import read_json, read_json_lines, write_file, write_json
 from mvwan.latent_cache import build_cache
 from mvwan.metrics import success_rate
@@ -34,12 +37,14 @@ from mvwan.model.wan import base_digest
 from mvwan.policies import POLICIES, PolicyName
 from mvwan.reproduce_table import markdown
 from mvwan.sim.metaworld import record
-from mvwan.stages import Stages, prepare_folder, remove
-from mvwan.suites import Label, Reproduction
+from mvwan.stages import Stages, own_folder, remove
+from mvwan.suites import TEST_LAYOUTS, Label, Reproduction
 from mvwan.trainings import Training, train_side_by_side
 
 FORMAT_VERSION = 1
-_PRODUCTS = ("results.md", "results.json")
+_PRODUCTS = ("results.md", "results.json", "test")
+_WINDOWS_PER_TASK = 12
+"""Of the test demonstrations at most: their windows overlap, so more say little more."""
 Phase = Literal["data", "training", "trials"]
 _PHASES: tuple[Phase, ...] = get_args(Phase)
 
@@ -64,7 +69,8 @@ class Stage:
 def plan_stages(wanted: Reproduction) -> list[Stage]:
     """The stages in their order: first all data, then all trainings, then all trials. Controls that do not depend on a run are tried
     beside the first one alone."""
-    stages = [stage for count in wanted.counts for stage in _stages_of(wanted, count)]
+    tests = _recording(wanted, "Record test demonstrations", wanted.test_demonstrations, TEST_LAYOUTS, wanted.output / "test")
+    stages = [*([tests] if wanted.test_demonstrations else []), *(stage for count in wanted.counts for stage in _stages_of(wanted, count))]
     return sorted(stages, key=lambda stage: _PHASES.index(stage.phase))
 
 
@@ -72,10 +78,7 @@ def _stages_of(wanted: Reproduction, count: int) -> list[Stage]:
     folder, of = wanted.output / str(count), f"{count} demonstrations per task"
     config = wanted.config(count, wanted.switches[0])
     demonstrations, latents, data = folder / "demonstrations", folder / "latents", config.data
-    recorded = {"tasks": wanted.names, "episodes": count, "seed": wanted.seed, "size_px": max(data.height_px, data.width_px)}
-    recorded["widened"] = wanted.kind.widened
-    work = partial(record, recorded["tasks"], output=demonstrations, **{name: recorded[name] for name in list(recorded)[1:]})
-    stages = [Stage(name=f"Record {of}", phase="data", settings=recorded, product=demonstrations, work=work, is_costly=True)]
+    stages = [_recording(wanted, f"Record {of}", count, wanted.seed, demonstrations)]
     codec = codec_digest(config.base.codec or config.base.source, data.text_tokens)
     encoded = {"data": config.to_dict()["data"], "seed": wanted.seed, "codec": codec}
     work = partial(_encode, config, latents)
@@ -89,9 +92,21 @@ def _stages_of(wanted: Reproduction, count: int) -> list[Stage]:
         work = Training(name=name, config=config, folder=run)
         trained = _training_of(count, label)
         stages.append(Stage(name=trained, phase="training", settings=fit, product=run, work=work, after=encode.name, is_costly=True))
+        if wanted.test_demonstrations:
+            work = partial(_measure, wanted, run)
+            stages.append(
+                Stage(
+                    name=f"Measure predicted paths, {name}",
+                    phase="trials",
+                    settings={**_measured(wanted), "denoise_steps": wanted.denoise_steps, "seed": wanted.seed},
+                    product=run / "evaluation.json",
+                    work=work,
+                    after=trained,
+                )
+            )
         policies = policies_beside(wanted, count, label)
         work = partial(_try, wanted, run, policies)
-        tried = {**_trials(wanted), "settings": asdict(wanted.trial_settings), "policies": policies}
+        tried = {**_trials(wanted), "videos": wanted.videos, "settings": asdict(wanted.trial_settings), "policies": policies}
         stages.append(
             Stage(
                 name=f"Let the arm move, {name}",
@@ -105,6 +120,23 @@ def _stages_of(wanted: Reproduction, count: int) -> list[Stage]:
     if wanted.kind.has_baseline:
         stages += _baseline_stages(wanted, count, folder, of)
     return stages
+
+
+def _recording(wanted: Reproduction, name: str, count: int, seed: int, output: Path) -> Stage:
+    """Records `count` demonstrations of each task from the layout `seed` on."""
+    data = wanted.config(wanted.counts[0], wanted.switches[0]).data
+    settings = {"episodes": count, "seed": seed, "size_px": max(data.height_px, data.width_px), "widened": wanted.kind.widened}
+    work = partial(record, wanted.names, output=output, **settings)
+    return Stage(name=name, phase="data", settings={"tasks": wanted.names, **settings}, product=output, work=work, is_costly=True)
+
+
+def _measured(wanted: Reproduction) -> dict[str, Any]:
+    return {
+        "tasks": wanted.names,
+        "test_demonstrations": wanted.test_demonstrations,
+        "first_layout": TEST_LAYOUTS,
+        "windows": _WINDOWS_PER_TASK * len(wanted.names),
+    }
 
 
 def _training_of(count: int, label: Label) -> str:
@@ -133,22 +165,34 @@ def _baseline_stages(wanted: Reproduction, count: int, folder: Path, of: str) ->
     # A script of a folder may import what lies beside it.
     code = {path.name: path.read_text(encoding="utf-8") for path in sorted(wanted.baseline.parent.glob("*.py"))}
     train_words = ["train", str(folder / "demonstrations"), "--output", str(net), *fit]
+    measured = _measured(wanted)
+    measure_words = ["measure", str(net), str(wanted.output / "test"), "--windows", str(measured["windows"])]
+    trained = Stage(
+        name=f"Train the baseline on {of}",
+        phase="trials",  # a script of its own, which runs alone
+        settings={"options": fit, "code": code},
+        product=net,
+        work=partial(_run_baseline, wanted.baseline, train_words, net),
+        after=f"Record {of}",
+    )
+    measure = Stage(
+        name=f"Measure predicted paths, {of}, baseline",
+        phase="trials",
+        settings={**measured, "code": code},
+        product=net / "evaluation.json",
+        work=partial(_run_baseline, wanted.baseline, measure_words, net / "evaluation.json"),
+        after=trained.name,
+    )
     return [
-        Stage(
-            name=f"Train the baseline on {of}",
-            phase="trials",  # a script of its own, which runs alone
-            settings={"options": fit, "code": code},
-            product=net,
-            work=partial(_run_baseline, wanted.baseline, train_words, net),
-            after=f"Record {of}",
-        ),
+        trained,
+        *([measure] if wanted.test_demonstrations else []),
         Stage(
             name=f"Let the arm move, {of}, baseline",
             phase="trials",
             settings={"options": tried, "code": code},
             product=net / "closed_loop.json",
             work=partial(_run_baseline, wanted.baseline, ["trials", str(net), *tried], net / "closed_loop.json"),
-            after=f"Train the baseline on {of}",
+            after=trained.name,
         ),
     ]
 
@@ -168,6 +212,13 @@ def _encode(config: Config, latents: Path) -> None:
         windows = WindowDataset(episodes, config.data, config.model.views, split, config.seed)
         if len(windows):
             build_cache(windows, codec, latents, config.data.heatmap_sigma_px)
+
+
+def _measure(wanted: Reproduction, run: Path) -> None:
+    windows = _measured(wanted)["windows"]
+    evaluate_prediction(
+        run, dataset=wanted.output / "test", windows=windows, denoise_steps=wanted.denoise_steps, seed=wanted.seed, progress=True
+    )
 
 
 def _try(wanted: Reproduction, run: Path, policies: Sequence[PolicyName]) -> None:
@@ -191,14 +242,19 @@ def run_reproduction(wanted: Reproduction, *, fresh: bool = False, console: Cons
     """
     console = console or Console(highlight=False)
     earlier = [path.name for path in wanted.output.iterdir() if path.name.isdigit()] if fresh and wanted.output.is_dir() else []
-    prepare_folder(wanted.output, "reproduction", fresh, (*_PRODUCTS, *earlier))
+    with own_folder(wanted.output, "reproduction", fresh, (*_PRODUCTS, *earlier)):
+        return _reproduce(wanted, console)
+
+
+def _reproduce(wanted: Reproduction, console: Console) -> Path:
     planned, stages = plan_stages(wanted), Stages(wanted.output, console)
     keys: dict[str | None, str] = {None: stages.start}
     for stage in planned:
         keys[stage.name] = stages.key_of(stage.name, stage.settings, keys[stage.after])
         if stage.is_costly and stages.is_of_others(stage.name, keys[stage.name], stage.product):
             raise MvwanError(
-                f"{stage.product}: made with other settings ({stage.name}). Choose another --output, or remove everything with --fresh."
+                f"{stage.product}: made with other settings, or by another version of mvwan ({stage.name}). Choose another --output, or "
+                "remove everything with --fresh."
             )
     path = wanted.output / "results.md"
     for are_trainings, group in groupby(planned, lambda stage: isinstance(stage.work, Training)):
@@ -210,6 +266,7 @@ def run_reproduction(wanted: Reproduction, *, fresh: bool = False, console: Cons
             stages.run(stage.name, stage.settings, stage.product, stage.work, stage.keep_stale, after=keys[stage.after])
             if stage.product.name == "closed_loop.json":
                 console.print(render(read_json(stage.product)))
+            if stage.phase == "trials":
                 result = collect(wanted, stages.costs, [stage.name for stage in planned])
                 write_json(wanted.output / "results.json", result)
                 write_file(path, markdown(result))
@@ -261,7 +318,11 @@ def collect(wanted: Reproduction, costs: Mapping[str, Mapping[str, Any]], names:
         "trial_settings": asdict(wanted.trial_settings),
         "overrides": list(wanted.overrides),
         "config": config.to_dict(),
-        "tables": [{"demonstrations": count, "rates": _rates(wanted, count, costs)} for count in wanted.counts],
+        "test_demonstrations": wanted.test_demonstrations,
+        "tables": [
+            {"demonstrations": count, "rates": _rates(wanted, count, costs), "paths": _paths(wanted, count, costs)}
+            for count in wanted.counts
+        ],
         "published": {"source": wanted.kind.source, "trials": wanted.kind.published_trials} if wanted.kind.published else None,
         "stages": {name: {**costs[name], **_steps_of(wanted, name)} for name in names if name in costs},
         "unfinished_stages": [name for name in names if name not in costs],
@@ -281,6 +342,28 @@ def _steps_of(wanted: Reproduction, stage: str) -> dict[str, float]:
         return {}
     lines = read_json_lines(runs[stage] / "metrics.jsonl")
     return {"steps_seconds": round(sum(line["seconds"] for line in lines if line["kind"] == "train"), 1)}
+
+
+def _paths(wanted: Reproduction, count: int, costs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Column -> `mean`, `median`, `p95` of the 3-D error in mm, its mean in the `last_frame`, and the number of `windows`."""
+    of, folder = f"{count} demonstrations per task", wanted.output / str(count)
+    found: dict[str, dict[str, float]] = {}
+    for label in wanted.switches:
+        if f"Measure predicted paths, {of}, switch {label}" in costs:
+            result = read_evaluation(folder / label / "evaluation.json")
+            for source in ("predicted", "nearest", "hold_first"):
+                if measures := result["measures"].get(source):
+                    error = measures["error_3d_mm"]
+                    numbers = {name: error[name] for name in ("mean", "median", "p95")}
+                    column = f"switch {label}" if source == "predicted" else source.replace("_", " ")
+                    found[column] = {**numbers, "last_frame": error["per_frame"][-1], "windows": result["num_windows"]}
+    if f"Measure predicted paths, {of}, baseline" in costs:
+        result = read_json(folder / "conv" / "evaluation.json")
+        error = result["measures"]["predicted"]["error_3d_mm"]
+        last = result["per_frame_error_3d_mm"]["predicted"][-1]
+        numbers = {name: error[name] for name in ("mean", "median", "p95")}
+        found["conv baseline"] = {**numbers, "last_frame": last, "windows": result["num_windows"]}
+    return found
 
 
 def _rates(wanted: Reproduction, count: int, costs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

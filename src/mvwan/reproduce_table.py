@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mvwan.markdown import markdown_table
+from mvwan.markdown import count, markdown_table
 from mvwan.metrics import rate_in_words
 
 _SETTINGS = (
@@ -24,7 +24,8 @@ _SETTINGS = (
     ("frames from window to window", "data.window_stride"),
     ("frames past an episode's end", "data.past_end"),
     ("augmented variants", "data.augment.variants"),
-    ("picture", "data.height_px"),
+    ("picture height", "data.height_px"),
+    ("picture width", "data.width_px"),
     ("spot in heatmaps, sigma", "data.heatmap_sigma_px"),
     ("share held out", "data.validation_share"),
     ("seed", "seed"),
@@ -36,6 +37,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     parts = [f"## {result['suite']}", _about(result)]
     for table in result["tables"]:
         parts += [f"### {table['demonstrations']} demonstrations per task", _rates(table["rates"], result["tasks"])]
+        if table["paths"]:
+            parts.append(_paths(table["paths"], result["test_demonstrations"]))
     parts += ["### Settings", f"```bash\n{result['command']}\n```", _settings(result)]
     parts += ["### Cost", _cost(result["stages"])]
     return "\n\n".join(parts) + "\n"
@@ -66,7 +69,7 @@ def _about(result: Mapping[str, Any]) -> str:
     if result["published"]:
         lines.append(f"`published`: {result['published']['source']}; its layouts and its protocol are not ours.")
     if missing := result["unfinished_stages"]:
-        lines.append(f"**Unfinished**: {len(missing)} stages are still to come.")
+        lines.append(f"**Unfinished**: {count(len(missing), 'stage')} still to come.")
     return " ".join(lines)
 
 
@@ -79,6 +82,18 @@ def _rates(rates: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> str:
         for task in (*tasks, "all")
     ]
     return markdown_table(["task", *rates], rows)
+
+
+def _paths(paths: Mapping[str, Mapping[str, float]], demonstrations: int) -> str:
+    windows = max(numbers["windows"] for numbers in paths.values())
+    said = (
+        f"Predicted paths on {count(windows, 'window')} from {count(demonstrations, 'demonstration')} per task on other layouts: 3-D error "
+        "in mm; a point that is not found counts as held. `nearest` is a training demonstration of the same task, moved to where the "
+        "window begins, `hold first` stays there."
+    )
+    order = sorted(paths, key=lambda column: column in ("nearest", "hold first"))
+    rows = [[column, *(f"{paths[column][name]:.1f}" for name in ("mean", "median", "p95", "last_frame"))] for column in order]
+    return f"{said}\n\n{markdown_table(['', 'mean', 'median', '95th percentile', 'last frame'], rows)}"
 
 
 def _settings(result: Mapping[str, Any]) -> str:

@@ -1,12 +1,13 @@
 """Stages of a long command: what is finished in its folder, from which settings, and at what cost.
 
-Each stage leaves its mark in `stages.json` with a key of the settings it was made from. A finished stage is not repeated while its
-settings and those of the stages it stands on stay the same. Knows nothing of what a stage does.
+Each stage leaves its mark in `stages.json`, beside what the folder is for, with a key of the settings it was made from. A finished
+stage is not repeated while its settings and those of the stages it stands on stay the same. Knows nothing of what a stage does.
 """
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,20 @@ from rich.console import Console
 
 import mvwan
 from mvwan.errors import MvwanError
-from mvwan.files import read_json, sha256_json, write_json
+from mvwan.files import LOCK, only_worker, read_json, sha256_json, write_json
 from mvwan.memory import peak_bytes
 
 MARK = "stages.json"
 
 
 class Stages:
-    """What is finished in a folder."""
+    """What is finished in a folder, which `own_folder` has prepared."""
 
     def __init__(self, folder: Path, console: Console) -> None:
         self._path = folder / MARK
         self._console = console
-        self._known: dict[str, dict[str, Any]] = read_json(self._path) if self._path.is_file() else {}
+        self._marks: dict[str, Any] = read_json(self._path)
+        self._known: dict[str, dict[str, Any]] = self._marks["stages"]
         self._key = self.start = sha256_json(mvwan.__version__)
         self._number = 0
         self._begun: dict[str, dict[str, Any]] = {}
@@ -46,8 +48,8 @@ class Stages:
         return sha256_json([after, name, dict(settings)])
 
     def is_of_others(self, name: str, key: str, product: Path) -> bool:
-        """Whether a product is there that a stage of this name left with other settings."""
-        return product.exists() and self._known.get(name, {}).get("key") not in (None, key)
+        """Whether a product is there that this stage did not leave: one of other settings, or of which nothing is known."""
+        return product.exists() and self._known.get(name, {}).get("key") != key
 
     def heading(self, title: str) -> None:
         """Nothing; prints the next number and the title."""
@@ -101,21 +103,27 @@ class Stages:
 
     def _remember(self, name: str, line: dict[str, Any]) -> None:
         self._known[name] = line
-        write_json(self._path, self._known)
+        write_json(self._path, self._marks)
 
 
-def prepare_folder(output: Path, what: str, fresh: bool = False, products: Iterable[str] = ()) -> None:
-    """Nothing; the folder may be used for `what`. `fresh` removes its `products` and the marks.
+@contextmanager
+def own_folder(output: Path, what: str, fresh: bool = False, products: Iterable[str] = ()) -> Iterator[None]:
+    """While the block lasts the folder is for `what` of this process alone. `fresh` first removes its `products` and the marks.
 
-    Raises `MvwanError` when it holds something that no such command left there.
+    Raises `MvwanError` when it holds something that no such command left there, or when another one is at work in it.
     """
     if output.exists() and not output.is_dir():
         raise MvwanError(f"--output {output}: a file, not a folder. Choose another --output.")
-    if output.is_dir() and any(output.iterdir()) and not (output / MARK).is_file():
+    mark, is_used = output / MARK, output.is_dir() and any(path.name != LOCK for path in output.iterdir())
+    known = read_json(mark) if mark.is_file() else None
+    if is_used and not (isinstance(known, dict) and known.get("of") == what):
         raise MvwanError(f"--output {output}: holds something that is no {what} of mvwan. Choose another --output, or remove it yourself.")
-    if fresh:
-        for name in (*products, MARK):
+    with only_worker(output, wait=False):
+        for name in (*products, MARK) if fresh else ():
             remove(output / name)
+        if not mark.is_file():
+            write_json(mark, {"of": what, "stages": {}})
+        yield
 
 
 def remove(path: Path) -> None:

@@ -24,6 +24,9 @@ _OWNED = {
 }
 """Settings that an option of the command decides."""
 
+TEST_LAYOUTS = 700_000
+"""Layouts of the demonstrations that predicted paths are measured on; those that are trained on lie below."""
+
 Label = Literal["off", "on"]
 
 
@@ -94,6 +97,8 @@ class Reproduction:
     trials: int = 25
     execute: int = 8
     denoise_steps: int = 5
+    test_demonstrations: int = 3
+    """Per task, of layouts that nothing is trained on: predicted paths are measured on them; 0: not measured."""
     control_steps: int = 500
     videos: int = 1
     """Filmed trials per task and policy."""
@@ -111,7 +116,7 @@ class Reproduction:
     def __post_init__(self) -> None:
         if self.suite not in SUITES:
             raise MvwanError(f"{self.suite!r}: no such table; there are {', '.join(SUITES)}.{nearest(self.suite, SUITES)}")
-        for name, least in (("steps", 2), ("trials", 1), ("baseline_steps", 1), ("processes", 1)):
+        for name, least in (("steps", 2), ("trials", 1), ("test_demonstrations", 0), ("baseline_steps", 1), ("processes", 1)):
             if getattr(self, name) < least:
                 raise MvwanError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
         if self.trials > RESERVED_LAYOUTS - FIRST_TUNING_LAYOUT:
@@ -124,10 +129,10 @@ class Reproduction:
         if min(self.counts) < 1:
             raise MvwanError(f"--demonstrations {min(self.counts)}: at least 1 per task")
         last = self.seed + 3 * max(self.counts) + 10  # `record` looks no further for layouts on which the expert succeeds
-        if self.seed < 0 or last > FIRST_TUNING_LAYOUT:
+        if self.seed < 0 or last > TEST_LAYOUTS:
             raise MvwanError(
-                f"--seed {self.seed}: demonstrations take layouts from the seed on and must stay below {FIRST_TUNING_LAYOUT}, where those "
-                "for trials begin. Choose a smaller seed."
+                f"--seed {self.seed}: demonstrations take layouts from the seed on and must stay below {TEST_LAYOUTS}, where those "
+                "for tests and trials begin. Choose a smaller seed."
             )
         if self.kind.has_baseline and not self.baseline.is_file():
             raise MvwanError(f"--baseline {self.baseline}: no such script. Run this in the repository's folder, or give its path.")
@@ -196,6 +201,7 @@ class Reproduction:
             "trials",
             "execute",
             "denoise_steps",
+            "test_demonstrations",
             "control_steps",
             "seed",
             *(["baseline_steps"] if self.kind.has_baseline else []),

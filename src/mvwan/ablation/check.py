@@ -4,25 +4,26 @@ Every run is checked as `mvwan train --dry-run` would check it. Writes nothing a
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mvwan
 from mvwan.ablation.grid import GRID, Grid, Run, differences, read_grid
+from mvwan.ablation.jobs import check_started
 from mvwan.ablation.outcomes import measured_windows
 from mvwan.checkpoint import checkpoint_digest
 from mvwan.closed_loop import TrialSettings
 from mvwan.compatibility import Compatibility
 from mvwan.config import Config
 from mvwan.errors import MvwanError
-from mvwan.files import sha256_json
+from mvwan.files import LOCK, sha256_json
 from mvwan.model.latents import codec_digest
 from mvwan.model.trainable_table import TrainableTable
 from mvwan.model.wan import base_digest
 from mvwan.sim.tasks import task_name
 from mvwan.train_check import check_groups, check_start, check_windows
 
-_FORMAT = 1
+_FORMAT = 2
 """Raised when the code measures otherwise, so that earlier outcomes are not taken for new ones."""
 
 
@@ -41,6 +42,8 @@ class Checked:
     """Seed -> numbers of windows: `train`, `validation` and `test`, the latter two before `grid.windows` limits them."""
     episodes: Mapping[int, Mapping[str, tuple[str, ...]]]
     """Seed -> split -> names of the episodes that are measured."""
+    trained_from: Mapping[Path, str]
+    """Folder of a run -> digest of all that its training starts from and reads."""
     keys: Mapping[Path, str]
     """Folder of a run -> digest of all that its outcomes depend on."""
     contents: Mapping[Path, str]
@@ -81,6 +84,8 @@ class _Seen:
     """What runs of the same data settings and seed read."""
 
     digest: str
+    trained: str
+    """Digest of what a training reads."""
     contents: str
     windows: Mapping[str, int]
     episodes: Mapping[str, tuple[str, ...]]
@@ -104,12 +109,15 @@ def check_grid(grid: Grid, output: Path) -> Checked:
             # What is read of the data depends on these settings alone.
             same = sha256_json([config.to_dict()["data"], run.seed, config.model.views, config.model.action_head, config.model.view_code])
             if same not in seen:
-                seen[same] = _look_at(config, grid.test_dataset)
+                seen[same] = _look_at(config, grid)
         except MvwanError as error:
             raise MvwanError(f"{run.name}: {error}") from None
         of_run[run.folder] = seen[same]
     for task in grid.tasks:
         task_name(task)
+    starts_of = {run.folder: _start_of(run, of_run[run.folder].trained) for run in runs}
+    for run in runs:
+        check_started(run.folder, starts_of[run.folder])
     return Checked(
         grid=grid,
         output=output,
@@ -118,35 +126,42 @@ def check_grid(grid: Grid, output: Path) -> Checked:
         starts=_in_words(grid, starts),
         windows={run.seed: of_run[run.folder].windows for run in runs},
         episodes={run.seed: of_run[run.folder].episodes for run in runs},
-        keys={run.folder: _key_of(run, grid, of_run[run.folder].digest) for run in runs},
+        trained_from=starts_of,
+        keys={run.folder: _key_of(starts_of[run.folder], grid, of_run[run.folder].digest) for run in runs},
         contents={folder: found.contents for folder, found in of_run.items()},
     )
 
 
-def _look_at(config: Config, test_dataset: str | None) -> _Seen:
-    found, measured = check_windows(config), measured_windows(config, test_dataset)
+def _look_at(config: Config, grid: Grid) -> _Seen:
+    found, measured = check_windows(config), measured_windows(config, grid.test_dataset, grid.seeds)
     every = [found.training, found.validation, *measured.values()]
     rows = sorted({row.tobytes().hex() for each in every for row in each.sample_fingerprints})
     return _Seen(
         digest=sha256_json([each.fingerprint for each in every]),
+        trained=sha256_json([found.training.fingerprint, found.validation.fingerprint]),
         contents=sha256_json(rows),
         windows={"train": len(found.training), **{split: len(each) for split, each in measured.items()}},
         episodes={split: tuple(one.name for one in each.windows.used_episodes()) for split, each in measured.items()},
     )
 
 
-def _key_of(run: Run, grid: Grid, fingerprint: str) -> str:
+def _start_of(run: Run, fingerprint: str) -> str:
     config, base = run.config.to_dict(), run.config.base
     del config["data"]["root"], config["data"]["cache"]  # of the data it is the content that counts, not where it lies
     start = checkpoint_digest(run.config.train.from_checkpoint)
     stock = base_digest(base.source, base.random_weights, run.seed), codec_digest(base.codec or base.source, run.config.data.text_tokens)
-    measured = [grid.windows, rgb_weight(grid), grid.accept_trainable_change]
-    return sha256_json([_FORMAT, mvwan.__version__, config, stock, start, fingerprint, measured])
+    return sha256_json([config, stock, start, fingerprint])
 
 
-def rgb_weight(grid: Grid) -> float:
-    """The share of RGB in `velocity_loss`: that of the reference, for all arms."""
-    return grid.config(grid.all_arms[0], grid.rates[0], 0).train.rgb_weight
+def _key_of(start: str, grid: Grid, fingerprint: str) -> str:
+    reference = reference_config(grid)
+    measured = [grid.windows, reference.train.rgb_weight, asdict(reference.flow), grid.accept_trainable_change]
+    return sha256_json([_FORMAT, mvwan.__version__, start, fingerprint, measured])
+
+
+def reference_config(grid: Grid) -> Config:
+    """The settings of the reference: its share of RGB and its noise are those that all arms are measured with."""
+    return grid.config(grid.all_arms[0], grid.rates[0], 0)
 
 
 def _check_place(output: Path, grid: Grid) -> None:
@@ -159,5 +174,5 @@ def _check_place(output: Path, grid: Grid) -> None:
                 f"{output}: holds another grid; {'; '.join(changed)}. A comparison that grows until it shows something shows nothing: "
                 "choose another --output, or go on with the same settings."
             )
-    elif output.is_dir() and any(path.name != ".lock" for path in output.iterdir()):
+    elif output.is_dir() and any(path.name != LOCK for path in output.iterdir()):
         raise MvwanError(f"--output {output}: holds something that is no ablation of mvwan. Choose another --output.")

@@ -47,6 +47,7 @@ _NO_FACTORS: Mapping[str, str] = {
     **dict.fromkeys(("base.source", "base.codec", "base.random_weights"), _BASE),
     "data.root": "arms are compared on the same demonstrations; set it with --set",
     "data.cache": "it changes no result; set it with --set",
+    "train.ema_decay": "what is measured are the last weights, not their average, so arms would not differ",
     **dict.fromkeys(
         (
             *("data.cameras", "data.num_frames", "data.frame_interval", "data.window_stride", "data.past_end", "data.height_px"),
@@ -123,6 +124,8 @@ class Grid:
         for name, least in (("seeds", 1), ("windows", 1), ("denoise_steps", 1), ("trials", 0), ("execute", 1)):
             if getattr(self, name) < least:
                 raise MvwanError(f"{_option(name)} {getattr(self, name)}: must be at least {least}")
+        if not self.trials and (self.tasks or self.execute != Grid.execute):
+            raise MvwanError("--task and --execute are of closed-loop trials, and there are none. Give --trials, or leave them out.")
         _refuse(flatten(self.settings, "."), _OWNED, "--set")
         for name, values in self.vary.items():
             if not values:

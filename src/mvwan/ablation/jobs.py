@@ -2,20 +2,20 @@
 at a time; the words of a job are in its `<kind>.log`. Knows no grid.
 """
 
-import fcntl
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mvwan.config import Config
 from mvwan.errors import MvwanError
-from mvwan.files import read_json, write_json
+from mvwan.files import only_worker, read_json, write_json
 from mvwan.memory import peak_memory_mb
 from mvwan.processes import TRAINING_MODULES, Failure, run_works
 
 Kind = Literal["encode", "train", "predict"]
+TRAINING_FILE = "training.json"
+"""In the folder of a run: what its training started from, and what it needed."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,16 +61,20 @@ def run_jobs(
     return run_works(jobs, processes, said, gpus, preload=("mvwan.ablation.outcomes", *TRAINING_MODULES))
 
 
-@contextmanager
-def only_worker(folder: Path, *, wait: bool) -> Iterator[None]:
-    """While the block lasts nobody else is in such a block for `folder`; with `wait` after whoever is there now, else `MvwanError`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MvwanError(f"{folder}: another ablation is at work in it. Wait for it, or choose another --output.") from None
-        yield
+def check_started(folder: Path, trained_from: str) -> dict[str, Any]:
+    """What is known of the training in the folder of a run: nothing, or that it began, or also `peak_memory_mb`, when it has ended.
+
+    Raises `MvwanError` when it began from something else than `trained_from`: going on with it would show old weights as new ones.
+    """
+    mark = folder / TRAINING_FILE
+    known = read_json(mark) if mark.is_file() else {}
+    is_there = bool(known) or (folder / "checkpoints").is_dir()
+    if is_there and known.get("trained_from") != trained_from:
+        raise MvwanError(
+            f"{folder}: holds a run that was trained from another base, checkpoint or data set under the same names. Choose another "
+            "--output, or remove that folder to train it anew."
+        )
+    return known
 
 
 # ── the job's own process ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -80,12 +84,12 @@ def perform(job: Job) -> dict[str, Any]:
     """What the product holds, beside its key.
 
     `encode` fills the latent cache of `config`. `train` trains and measures losses, movement and costs; `predict` measures what the
-    trained run predicts and does. Options: `test_dataset`, `windows`; of `train` also `rgb_weight`, `accept_trainable_change`; of
-    `predict` also `denoise_steps`, `trials`, `tasks`, `execute`, `with_controls`.
+    trained run predicts and does. Options: `test_dataset`, `seeds`, `windows`; of `train` also `trained_from`, `rgb_weight`, `noise`,
+    `accept_trainable_change`; of `predict` also `denoise_steps`, `trials`, `tasks`, `execute`, `with_controls`.
     """
     from mvwan.ablation.outcomes import measured_windows
 
-    windows = measured_windows(job.config, job.options["test_dataset"])
+    windows = measured_windows(job.config, job.options["test_dataset"], job.options["seeds"])
     if job.kind == "encode":
         return _encode(job.config, windows)
     return _train(job, windows) if job.kind == "train" else _predict(job, windows)
@@ -111,14 +115,17 @@ def _train(job: Job, windows: Any) -> dict[str, Any]:
 
     assert job.config.data.cache is not None, "an ablation names the cache of its runs"
     accept = job.options["accept_trainable_change"]
-    trained = job.folder / "trained.json"
-    if not trained.is_file() or read_json(trained).get("key") != job.key:
+    mark, start = job.folder / TRAINING_FILE, {"trained_from": job.options["trained_from"]}
+    known = check_started(job.folder, start["trained_from"])
+    if "peak_memory_mb" not in known:
+        write_json(mark, start)
         train(job.config, job.folder, resume=True, accept_trainable_change=accept)
-        write_json(trained, {"key": job.key, "peak_memory_mb": peak_memory_mb()})
+        known = {**start, "peak_memory_mb": peak_memory_mb()}
+        write_json(mark, known)
     caches = {split: open_cache(job.config, job.config.data.cache, each) for split, each in windows.items()}
     config = settle(job.config)
-    rows = velocity_losses(job.folder, config, caches, job.options["windows"], job.options["rgb_weight"])
-    rows += costs(job.folder, read_json(trained)["peak_memory_mb"])
+    rows = velocity_losses(job.folder, config, caches, *(job.options[name] for name in ("windows", "rgb_weight", "noise")))
+    rows += costs(job.folder, known["peak_memory_mb"])
     return {"rows": [asdict(row) for row in rows], "movement": movement(job.folder, config, accept)}
 
 

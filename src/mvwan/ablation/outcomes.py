@@ -9,7 +9,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +22,9 @@ from mvwan.baselines import Answer
 from mvwan.batch import Episode, Sample
 from mvwan.checkpoint import find_checkpoint, load_trained
 from mvwan.closed_loop import TrialSettings, evaluate_closed_loop, is_widened, plan_trials
-from mvwan.config import Config
-from mvwan.data.dataset import WindowDataset, episodes_of, roots_of
-from mvwan.data.windows import spread
+from mvwan.config import Config, FlowConfig
+from mvwan.data.dataset import WindowDataset, episodes_of, kept_out, roots_of
+from mvwan.data.windows import span_of, spread
 from mvwan.errors import MvwanError
 from mvwan.evaluate import answers_of, filled, predict_sample, save_prediction
 from mvwan.files import read_json_lines
@@ -60,11 +60,12 @@ class Row:
     value: float
 
 
-def measured_windows(config: Config, test_dataset: str | Path | None) -> dict[Split, WindowDataset]:
+def measured_windows(config: Config, test_dataset: str | Path | None, seeds: int) -> dict[Split, WindowDataset]:
     """The windows that choose a learning rate (`validation`) and those that arms are compared on (`test`), split by episode.
 
     With `test_dataset` the episodes held out of `config.data` validate and that folder tests; without it, the held-out episodes are
-    halved, the larger half to test. Raises `MvwanError` when there are too few, or when a test episode is one of the run's own.
+    halved, the larger half to test, and what tests in one of the grid's `seeds` validates in none: rates are chosen over all of them.
+    Raises `MvwanError` when there are too few, or when a test episode is one of the run's own.
     """
     data, views, seed = config.data, config.model.views, config.seed
     episodes = episodes_of(data)
@@ -90,9 +91,25 @@ def measured_windows(config: Config, test_dataset: str | Path | None) -> dict[Sp
             f"{len(names)} episodes are held out, two are needed: one to choose learning rates, one to compare arms. Raise "
             f"data.validation_share={data.validation_share:g}, or give --test-dataset with further demonstrations."
         )
-    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    validation = set(ranked[: len(ranked) // 2])
+    long_enough = {episode.name for episode in episodes if episode.num_frames + data.past_end >= span_of(data)}
+    of_seeds = [kept_out(episodes, number, data.validation_share) & long_enough for number in range(max(seeds, seed + 1))]
+    validation = names & _validating(of_seeds)
+    if not 0 < len(validation) < len(names):
+        raise MvwanError(
+            f"seed {seed}: all {len(names)} episodes that it holds out {'choose rates' if validation else 'compare arms'} for other seeds. "
+            f"Raise data.validation_share={data.validation_share:g}, or give --test-dataset with further demonstrations."
+        )
     return {"validation": _of_episodes(held, validation), "test": _of_episodes(held, names - validation)}
+
+
+def _validating(of_seeds: Sequence[Collection[str]]) -> set[str]:
+    """Of the episodes that each seed holds out, those that validate: half of each seed's, as far as earlier seeds leave a choice."""
+    decided, validation = set[str](), set[str]()
+    for names in of_seeds:
+        free = sorted(set(names) - decided, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+        validation |= set(free[: max(0, len(names) // 2 - len(validation & set(names)))])
+        decided |= set(names)
+    return validation
 
 
 def _of_episodes(windows: WindowDataset, names: set[str]) -> WindowDataset:
@@ -114,11 +131,14 @@ def open_cache(config: Config, folder: str | Path, windows: WindowDataset) -> La
 # ── losses ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def velocity_losses(run: Path, config: Config, caches: Mapping[Split, LatentCache], windows: int, rgb_weight: float) -> list[Row]:
+def velocity_losses(
+    run: Path, config: Config, caches: Mapping[Split, LatentCache], windows: int, rgb_weight: float, noise: FlowConfig
+) -> list[Row]:
     """Mean squared velocity errors per episode of at most `windows` windows per split, of the newest checkpoint of `run`.
 
-    `rgb_loss` and `heat_loss`, each also as `…@low-high` of every band of sigma, over which the former are means; and `velocity_loss`,
-    w * rgb + (1 - w) * heat with the w given here, one for all arms. Raises `MvwanError` when one is NaN or infinite.
+    `rgb_loss` and `heat_loss`, each also as `…@low-high` of every band of sigma that `noise` trains at, over which the former are
+    means; and `velocity_loss`, w * rgb + (1 - w) * heat with the w given here. Weight and noise are those of the reference, for all
+    arms. Raises `MvwanError` when a loss is NaN or infinite.
     """
     device = default_device()
     module = HeatmapWanTrainingModule(config=config, checkpoint=run, device=device, print_banners=False)
@@ -130,7 +150,7 @@ def velocity_losses(run: Path, config: Config, caches: Mapping[Split, LatentCach
         chosen = spread(len(cache), windows)
         for start in range(0, len(chosen), _AT_ONCE):
             items = chosen[start : start + _AT_ONCE]
-            for item, losses in zip(items, _losses(module, cache, items, device), strict=True):
+            for item, losses in zip(items, _losses(module, cache, items, noise, device), strict=True):
                 episode = cache.dataset.windows[item].episode.name
                 for outcome, value in _with_means(losses, rgb_weight).items():
                     of_episode[episode][outcome].append(value)
@@ -145,11 +165,13 @@ def velocity_losses(run: Path, config: Config, caches: Mapping[Split, LatentCach
 
 
 @torch.inference_mode()
-def _losses(module: HeatmapWanTrainingModule, cache: LatentCache, items: Sequence[int], device: torch.device) -> list[dict[str, float]]:
+def _losses(
+    module: HeatmapWanTrainingModule, cache: LatentCache, items: Sequence[int], noise: FlowConfig, device: torch.device
+) -> list[dict[str, float]]:
     """Of each window: `<stream>_loss@<band>` -> mean squared error over all draws; without streams of which nothing counts."""
     batch = cache.batch(items, module.config.model.view_code != "slot").check().to(device)
     found: list[dict[str, float]] = [{} for _ in items]
-    for low, high, band in flow.sigma_bands():
+    for low, high, band in flow.sigma_bands(noise):
         sums, counts = np.zeros((len(STREAMS), len(items))), np.zeros((len(STREAMS), len(items)))
         for draw in range(DRAWS):
             sigma = torch.full((len(items),), low + (draw + 0.5) / DRAWS * (high - low))
@@ -251,7 +273,7 @@ def costs(run: Path, peak_memory_mb: float) -> list[Row]:
     """`seconds_per_step` (the median of those logged), `peak_memory_mb` as given, and `checkpoint_mb` of the newest checkpoint."""
     seconds = [line["seconds"] for line in read_json_lines(run / "metrics.jsonl") if line["kind"] == "train"]
     size = sum(path.stat().st_size for path in find_checkpoint(run).rglob("*") if path.is_file())
-    found = {"seconds_per_step": statistics.median(seconds), "peak_memory_mb": peak_memory_mb, "checkpoint_mb": size / 1e6}
+    found = {"seconds_per_step": statistics.median(seconds), "peak_memory_mb": peak_memory_mb, "checkpoint_mb": size / 2**20}
     return [Row(split="test", episode="", outcome=outcome, value=value) for outcome, value in found.items()]
 
 

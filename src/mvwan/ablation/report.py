@@ -83,7 +83,8 @@ def report_html(result: AblationResult) -> str:
     )
     lead = (
         f"{count(len(compared.arms), 'arm')}, {count(compared.num_seeds, 'seed')}. Runs of one seed see the same data in the same order "
-        "with the same noise. Each arm's learning rate was chosen on validation episodes; arms are compared on test episodes."
+        "with the same noise, as far as arms do not vary that themselves. Each arm's learning rate was chosen on validation episodes; "
+        "arms are compared on test episodes."
     )
     sections = [Section(name, title, body) for name, title, body in parts if body]
     return report_page.page("mvwan ablation", "Does it help? Arms compared", lead, sections, result.version)
