@@ -1,7 +1,7 @@
 """Two training steps of the whole Wan2.2-TI2V-5B with three views, saved, resumed and verified, on random weights: nothing is downloaded.
 
     python scripts/true_size.py                                  5 pictures per view: 2 latent frames
-    python scripts/true_size.py --set data.num_frames=25         25 pictures: 7 latent frames
+    python scripts/true_size.py --set data.num_frames=25 --output runs/true-size-25    25 pictures: 7 latent frames
     python scripts/true_size.py --data data/drawer               demonstrations that are there, instead of two that it records
     python scripts/true_size.py --base tiny                      a rehearsal, in two minutes
 
@@ -35,6 +35,9 @@ def main(arguments: list[str]) -> int:
     """Exit code: 1 when a process failed or took more memory than --most-gb."""
     options = _parse(arguments)
     output: Path = options.output
+    if output.exists():
+        print(f"--output {output}: is there already. Choose another folder, or remove it.", file=sys.stderr)
+        return 2
     output.mkdir(parents=True)
     data = options.data or output / "demonstrations"
     settings = [

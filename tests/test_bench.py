@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from mvwan import bench, bench_points
 from mvwan.bench import (
@@ -29,6 +30,7 @@ from mvwan.bench_networks import Sizes, base_of, config_for, in_stock_style, ran
 from mvwan.bench_pipeline import measure_pipeline
 from mvwan.bench_points import at, line_through, measure_growth, run_point
 from mvwan.bench_report import draw_growth, markdown, number
+from mvwan.cli import app
 from mvwan.config import Config
 from mvwan.errors import MvwanError
 from mvwan.files import read_json
@@ -162,6 +164,11 @@ def test_ratios_are_of_medians_and_lines_of_least_squares() -> None:
 def test_sizes_are_checked(field: str, value: int) -> None:
     with pytest.raises(MvwanError, match=f"{field}={value}"):
         dataclasses.replace(SMALL, **{field: value})
+
+
+def test_the_option_that_is_named_is_one_that_there_is() -> None:
+    done = CliRunner().invoke(app, ["bench", "--latent-side", "7"])
+    assert done.exit_code == 2 and "Set --latent-side" in done.stderr
 
 
 def test_only_the_tiny_wan_has_a_way_for_data() -> None:

@@ -74,3 +74,11 @@ def test_importing_mvwan_loads_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("adam_betas", [0.9, 1.0]), ("adam_betas", [-0.1, 0.9]), ("ema_decay", 1.0), ("condition_frames", 0)]
+)
+def test_what_an_optimizer_or_a_prediction_cannot_take_is_refused_at_once(name: str, value: object) -> None:
+    with pytest.raises(MvwanError, match=rf"train\.{name}=.*Set train\.{name}"):
+        config_from_preset("tiny", {"train": {name: value}})

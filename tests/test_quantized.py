@@ -47,6 +47,18 @@ def loss_and_gradients(module: HeatmapWanTrainingModule) -> tuple[float, dict[st
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_is_zero_stays_zero(kind: Quantize) -> None:
+    """As the projector of a fresh model, when it has adapters or is frozen."""
+    module = made(kind, {"trainable": {"groups": {"projector": {"mode": "frozen"}}}})
+    module.quantize_frozen()
+    (narrow, *_) = [
+        layer for name, layer in module.model.named_modules() if name.endswith("projector") and isinstance(layer, QuantizedLinear)
+    ]
+    assert not narrow(torch.randn(3, narrow.in_features)).sub(narrow.bias if narrow.bias is not None else 0).any()
+    assert torch.isfinite(module(make_batch(), 0, 0).sums).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_frozen_matrices_of_blocks_are_narrow_and_everything_else_is_as_it_was(kind: Quantize) -> None:
     plain, module = made("none"), made(kind)
     before = {name: parameter.clone() for name, parameter in parameters_by_name(module.model).items()}

@@ -64,7 +64,7 @@ def test_predicted_paths_are_measured_on_layouts_of_their_own(made: tuple[Path, 
     assert 0 < evaluation["num_windows"] <= 12
     text = (output / "results.md").read_text()
     assert f"Predicted paths on {evaluation['num_windows']} windows from 1 demonstration per task" in text
-    shown = {line.split("|")[1].strip(): line for line in text.splitlines()}
+    shown = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
     for column, source in (("switch off", "predicted"), ("nearest", "nearest"), ("hold first", "hold_first")):
         error = evaluation["measures"][source]["error_3d_mm"]
         numbers = (error["mean"], error["median"], error["p95"], error["per_frame"][-1])

@@ -275,6 +275,30 @@ def test_a_killed_analysis_resumes_to_the_same_file(
     assert len(counted) <= 1, "another budget measures the new list alone"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"base": {"quantize": "nf4"}},
+        {"data": {"heatmap_sigma_px": 6.0}},
+        {"train": {"heat_reader_weight": 100.0}},
+    ],
+    ids=str,
+)
+def test_what_depends_on_a_setting_is_measured_anew(
+    config: Config, change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick, losses = replace(QUICK, probe_steps=1, batches=1), []
+    monkeypatch.setattr(sensitivity_probes, "train_shortly", lambda *_: True)
+    for settings in (config, config_from_dict(merge(config.to_dict(), change))):
+        losses.append(analyse(settings, tmp_path / "one", quick, progress=False)["held_out_loss_at_start"])
+    assert losses[0] != losses[1]
+
+
+def test_a_group_of_the_switch_may_be_frozen_by_name(config: Config) -> None:
+    frozen = config_from_dict(merge(config.to_dict(), {"trainable": {"groups": {"modulation": {"mode": "frozen"}}}}))
+    assert make_plan(frozen, QUICK).beside == make_plan(config, QUICK).beside
+
+
 @pytest.mark.parametrize("group", ["modulation", "heads"])
 def test_a_planted_group_comes_first(config: Config, group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Targets are those of a model that differs in one group alone; what trains that group has to be found."""

@@ -47,12 +47,16 @@ class Sizes:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if value < 1:
-                raise MvwanError(f"{name}={value}: must be at least 1. Set --{name.replace('_', '-')}.")
+                raise MvwanError(f"{name}={value}: must be at least 1. Set {_option(name)}.")
         if self.latent_frames < 2:
             raise MvwanError("latent_frames=1: the first one is given, so nothing would be predicted. Set --latent-frames 2 or more.")
         for name in ("latent_height", "latent_width"):
             if getattr(self, name) % PATCH_SIZE[1]:
-                raise MvwanError(f"{name}={getattr(self, name)}: must be a multiple of {PATCH_SIZE[1]}. Set --{name.replace('_', '-')}.")
+                raise MvwanError(f"{name}={getattr(self, name)}: must be a multiple of {PATCH_SIZE[1]}. Set {_option(name)}.")
+
+
+def _option(name: str) -> str:
+    return "--latent-side" if name in ("latent_height", "latent_width") else f"--{name.replace('_', '-')}"
 
 
 _TINY = Sizes()
@@ -76,10 +80,13 @@ def base_of(size: SizeName) -> Iterator[str]:
 
 
 def config_for(size: SizeName, base: str, views: int, **settings: Any) -> Config:
-    """Settings of a run of that size: those of the preset it stands for, on `base`; `settings` are laid over them."""
+    """Settings of a run of that size: those of the preset it stands for, on `base`; `settings` are laid over them.
+
+    In what the processor multiplies best: all is measured there, also where there is a GPU.
+    """
     start = preset("tiny" if size == "tiny" else "wan2.2-ti2v-5b")
     laid = {"base": {"source": base, "dtype": "auto"}, "model": {"views": views, "gradient_checkpointing": False}}
-    return settle(config_from_dict(merge(start, merge(laid, {"train": {"precision": "auto"}}), settings), "bench"))
+    return settle(config_from_dict(merge(start, merge(laid, {"train": {"precision": "auto"}}), settings), "bench"), "cpu")
 
 
 # ── the same network with stock parts ─────────────────────────────────────────────────────────────────────────────────────────────

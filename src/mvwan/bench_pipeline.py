@@ -54,7 +54,7 @@ def measure_pipeline(config: Config, sizes: Sizes, folder: Path, repeats: int, s
         width_px=sizes.latent_width * _PX_PER_LATENT,
         validation_share=0.0,
     )
-    config = replace(config, data=data)
+    config = replace(config, data=data, train=replace(config.train, batch_size=sizes.batch))
     windows = WindowDataset(episodes_of(data), data, config.model.views, "train", config.seed)
     return {
         "Windows: with a latent cache, and encoding every step": _windows(config, windows, folder, repeats, seed),

@@ -1,15 +1,14 @@
 """The verb `mvwan plan`: parses, calls one function, prints what it returns. Everything heavy is imported inside."""
 
+import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from mvwan.cli_settings import AsJson, ConfigFile, Preset, Settings, console
-from mvwan.config import parse_overrides, read_yaml
+from mvwan.cli_settings import AsJson, ConfigFile, Preset, Settings, console, resolve_config
 from mvwan.devices import COMMON, DEFAULT_EFFICIENCY, DEVICES, read_machine
 from mvwan.files import json_text
-from mvwan.presets import config_from_preset
 
 if TYPE_CHECKING:
     from mvwan.plan import MachinePlan, Plan, Trial
@@ -41,9 +40,9 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Before a machine is rented: memory per GPU, seconds per step, hours in all, bytes on the disk; what fits, and how to launch it."""
-    overrides = parse_overrides(settings or [])
-    where = "settings" if overrides else str(config_file or f"preset {preset_name}")
-    config = config_from_preset(preset_name, read_yaml(config_file) if config_file else {}, overrides, where=where)
+    config, switch_note = resolve_config(preset_name, config_file, settings, None, os.environ)
+    if switch_note:
+        typer.echo(switch_note, err=True)
     machines = [read_machine(words) for words in device or ([] if measure else COMMON)]
     given = ["--preset", preset_name]
     given += ["--config", str(config_file)] if config_file else []

@@ -1,5 +1,7 @@
 """The verb `mvwan sensitivity`: parses, calls one function, prints what it returns. Everything heavy is imported inside."""
 
+import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,7 +41,9 @@ def sensitivity(
     as_json: AsJson = False,
 ) -> None:
     """Before a training: which parameter groups, and which of their blocks, are worth training; and a list of groups for a budget."""
-    config, _ = resolve_config(preset_name, config_file, settings, None, {})
+    config, switch_note = resolve_config(preset_name, config_file, settings, None, os.environ)
+    if switch_note:
+        typer.echo(switch_note, err=True)
     rates = parse_rates(learning_rates)
     from mvwan.sensitivity import analyse, make_plan
     from mvwan.sensitivity_probes import Options
@@ -63,7 +67,8 @@ def sensitivity(
     console().print(rendered(result))
     typer.echo(output / "sensitivity.html")
     if result["suggestion"]["groups"]:
-        typer.echo(f"mvwan train --config {output / 'suggestion.yaml'} --output RUN")
+        words = ["mvwan", "train", "--config", str(output / "suggestion.yaml"), "--output", "RUN", "--no-unfreeze_modulation_and_norms"]
+        typer.echo(shlex.join([*words, "--accept-trainable-change"] if result["suggestion"]["needs_acceptance"] else words))
 
 
 def _show(plan: "Plan", probe_steps: int) -> None:

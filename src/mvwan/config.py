@@ -279,7 +279,7 @@ class TrainConfig:
     compile: bool = False
     """Each block through `torch.compile`: faster steps after a minute of compiling, equal but for rounding."""
     condition_frames: int = 1
-    """Latent frames that are given clean: timestep 0, out of the loss."""
+    """Latent frames that are given clean: timestep 0, out of the loss. At least 1, which predictions start from."""
     ema_decay: float = 0.0
     """Exponential moving average of the trained tensors; 0 is off."""
     movement_step: int = 3
@@ -316,13 +316,15 @@ class TrainConfig:
             "evaluate_every",
             "evaluate_windows",
             "num_workers",
-            "condition_frames",
         ):
             _positive(f"train.{name}", getattr(self, name), allow_minimum=True)
+        _positive("train.condition_frames", self.condition_frames, 1, allow_minimum=True)
         _positive("train.movement_step", self.movement_step, 2, allow_minimum=True)
         _share("train.rgb_weight", self.rgb_weight)
-        if not 0 <= self.ema_decay < 1:
-            raise MvwanError(f"train.ema_decay={self.ema_decay}: must be at least 0 and under 1. Set train.ema_decay.")
+        for name, decays in (("ema_decay", [self.ema_decay]), ("adam_betas", list(self.adam_betas))):
+            if not all(0 <= decay < 1 for decay in decays):
+                given, each = (decays[0], "") if len(decays) == 1 else (decays, "both ")
+                raise MvwanError(f"train.{name}={given}: {each}must be at least 0 and under 1. Set train.{name}.")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

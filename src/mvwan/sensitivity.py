@@ -36,6 +36,7 @@ from mvwan.config import Config, dump_yaml
 from mvwan.data.dataset import WindowDataset
 from mvwan.errors import MvwanError
 from mvwan.files import write_file, write_json
+from mvwan.model.trainable import SWITCH_GROUPS
 from mvwan.sensitivity_candidates import (
     PROJECTOR,
     Budget,
@@ -83,6 +84,8 @@ class Plan:
     """Optimizer steps of all probes."""
     gradients: int
     """Windows whose gradient is squared."""
+    beside: Mapping[str, tuple[tuple[str, ...], int]]
+    """List that the suggestion is compared with -> what it trains: names, count."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, ready for `json.dumps`."""
@@ -121,6 +124,7 @@ def make_plan(config: Config, options: Options) -> Plan:
         probes=probes,
         steps=probes * options.probe_steps,
         gradients=options.batches * config.train.batch_size,
+        beside={DEFAULT: _trained_with_switch(config, False), SWITCH: _trained_with_switch(config, True)},
     )
 
 
@@ -201,7 +205,7 @@ def _measure(analysis: Measurements, plan: Plan, config: Config) -> tuple[dict[s
             "sum_of_decreases": predicted,
             "needs_acceptance": any(one.needs_acceptance for one in chosen),
         },
-        **_sets(analysis, chosen, config),
+        **_sets(analysis, chosen, plan),
     }
     return result, chosen
 
@@ -265,11 +269,10 @@ def _described(one: Candidate, squares: Mapping[str, float], sizes: Mapping[str,
     }
 
 
-def _sets(analysis: Measurements, chosen: Sequence[Candidate], config: Config) -> dict[str, Any]:
+def _sets(analysis: Measurements, chosen: Sequence[Candidate], plan: Plan) -> dict[str, Any]:
     """Probes of whole lists side by side: `sets`, and `comparisons` of the suggestion with the two others, window by window."""
     lists: dict[str, list[Candidate]] = {SUGGESTION: list(chosen)} if chosen else {}
-    for name, switch in ((DEFAULT, False), (SWITCH, True)):
-        names, parameters = _trained_with_switch(config, switch)
+    for name, (names, parameters) in plan.beside.items():
         lists[name] = [Candidate(name=name, group=name, mode="full", names=names, parameters=parameters)]
     lines = {name: analysis.probe(name, parts) for name, parts in lists.items()}
     sets = [
@@ -280,14 +283,16 @@ def _sets(analysis: Measurements, chosen: Sequence[Candidate], config: Config) -
     for name in (DEFAULT, SWITCH) if chosen else ():
         ours, theirs = lines[SUGGESTION]["losses"], lines[name]["losses"]
         if ours is not None and theirs is not None:
-            low, mean, high = interval(np.array(theirs) - np.array(ours), config.seed)
+            low, mean, high = interval(np.array(theirs) - np.array(ours), analysis.config.seed)
             verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
             comparisons.append({"beside": name, "lower_by": mean, "interval": [low, high], "verdict": verdict})
     return {"sets": sets, "comparisons": comparisons}
 
 
 def _trained_with_switch(config: Config, switch: bool) -> tuple[tuple[str, ...], int]:
-    return trained_by(replace(config, unfreeze_modulation_and_norms=switch))
+    """What trains with the switch set so, whatever the settings say of its groups, which might contradict it."""
+    groups = {name: group for name, group in config.trainable.groups.items() if name not in SWITCH_GROUPS}
+    return trained_by(replace(config, unfreeze_modulation_and_norms=switch, trainable=replace(config.trainable, groups=groups)))
 
 
 def _yaml(config: Config, result: Mapping[str, Any], chosen: Sequence[Candidate], plan: Plan) -> str:

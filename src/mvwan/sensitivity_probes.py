@@ -25,15 +25,16 @@ from mvwan.data.dataset import WindowDataset, global_indices
 from mvwan.errors import MvwanError
 from mvwan.files import json_line, plain_words, read_json_lines, sha256_file, sha256_json, write_file
 from mvwan.latent_cache import LatentCache
+from mvwan.model.latents import codec_digest
 from mvwan.model.surgery import share_copies
 from mvwan.model.trainable import parameters_by_name
 from mvwan.model.wan import base_digest
 from mvwan.sensitivity_candidates import Candidate, block_of, candidates_of, load_module
 from mvwan.train import HELD_OUT_STEP
-from mvwan.train_data import latent_caches
+from mvwan.train_data import fit_reader, latent_caches
 from mvwan.training_module import HeatmapWanTrainingModule
 
-_FORMAT = 1
+_FORMAT = 2
 """Raised whenever the code changes what a line of probes.jsonl holds or how it is measured."""
 LINES = "probes.jsonl"
 _DRAWS = 2
@@ -181,6 +182,8 @@ class Measurements:
         self.windows: LatentCache = caches[0]
         self.module = load_module(config, device)
         self.module.quantize_frozen()
+        if config.train.heat_reader_weight:
+            self.module.reader = fit_reader(config, self.windows, lambda _: None).to(device)
         share_copies(self.module.model)
         self.module.requires_grad_(False).eval()
         self.config = self.module.config
@@ -189,7 +192,7 @@ class Measurements:
         self._path = output / LINES
         self._lines: dict[str, Any] = {line["key"]: line for line in read_json_lines(self._path)}
         write_file(self._path, "".join(map(json_line, self._lines.values())))  # without a last line that a killed one left unfinished
-        self._common = self._key_of_everything(config, training, held_out)
+        self._common = self._key_of_everything(config, self.windows, caches[1])
         self._trained: dict[str, torch.Tensor] = {}
         """What the latest probe that ran trained, where blocks are to be told apart."""
         self.bar: tqdm[Any] | None = None
@@ -202,22 +205,27 @@ class Measurements:
     def _batch(self, cache: LatentCache, items: Sequence[int]) -> Batch:
         return cache.batch(items, self.config.model.view_code != "slot").check().to(self.device)
 
-    def _key_of_everything(self, config: Config, training: WindowDataset, held_out: WindowDataset) -> str:
+    def _key_of_everything(self, config: Config, training: LatentCache, held_out: LatentCache) -> str:
         """The hash of what every measurement depends on, but for its own parameters, rate and steps."""
         values, start = self.config.to_dict(), config.train.from_checkpoint
         found = None if start is None else find_checkpoint(start)
-        names = ("batch_size", "gradient_accumulation", "adam_betas", "max_gradient_norm", "rgb_weight", "action_weight", "precision")
+        names = ("batch_size", "gradient_accumulation", "adam_betas", "max_gradient_norm", "rgb_weight", "action_weight")
+        names = (*names, "heat_reader_weight", "precision", "condition_frames", "evaluate_windows")
         return sha256_json(
             {
                 "format": _FORMAT,
-                "base": [base_digest(config.base.source, config.base.random_weights, config.seed), values["base"]["dtype"]],
+                "base": [
+                    base_digest(config.base.source, config.base.random_weights, config.seed),
+                    *(values["base"][name] for name in ("dtype", "quantize")),
+                ],
                 "start": None if found is None else sha256_file(found) if found.is_file() else sha256_json(read_manifest(found)),
                 "model": values["model"],
                 "lora": [config.trainable.lora.rank, config.trainable.lora.alpha],
                 "flow": values["flow"],
-                "train": {name: values["train"][name] for name in (*names, "condition_frames", "evaluate_windows")},
+                "train": {name: values["train"][name] for name in names},
                 "seed": config.seed,
-                "data": [training.fingerprint, held_out.fingerprint],
+                "data": [cache.dataset.fingerprint for cache in (training, held_out)],
+                "latents": [codec_digest(config.base.codec or config.base.source, config.data.text_tokens), config.data.heatmap_sigma_px],
             }
         )
 

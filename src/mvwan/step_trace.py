@@ -339,7 +339,7 @@ def _run(config: Config) -> Measurement:
     return Measurement(
         peak_bytes=peak - start,
         step_s=sum(seconds) / _TIMED_STEPS,
-        product_flop_per_s=_product_rate(getattr(torch, config.base.dtype)),
+        product_flop_per_s=_product_rate(torch.bfloat16 if config.train.precision == "bf16" else torch.float32),
         threads=torch.get_num_threads(),
     )
 

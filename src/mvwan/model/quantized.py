@@ -91,6 +91,10 @@ def _narrow(weight: torch.Tensor, kind: Quantize) -> torch.Tensor:
     holder.weight = nn.Parameter(weight, requires_grad=False)
     config = quantization.Int8WeightOnlyConfig() if kind == "int8" else quantization.Float8WeightOnlyConfig()
     quantization.quantize_(holder, config)
+    if kind == "fp8":  # the scale of a row of zeros is 0, and its numbers came out as 0 / 0
+        for part in stored_parts(holder.weight.data):
+            if part.dtype == torch.float8_e4m3fn:
+                part.view(torch.uint8)[(weight == 0).all(dim=1)] = 0
     return holder.weight.data
 
 
