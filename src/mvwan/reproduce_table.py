@@ -85,7 +85,7 @@ def _rates(rates: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> str:
 
 
 def _paths(paths: Mapping[str, Mapping[str, float]], demonstrations: int) -> str:
-    windows = max(numbers["windows"] for numbers in paths.values())
+    windows = int(max(numbers["windows"] for numbers in paths.values()))
     said = (
         f"Predicted paths on {count(windows, 'window')} from {count(demonstrations, 'demonstration')} per task on other layouts: 3-D error "
         "in mm; a point that is not found counts as held. `nearest` is a training demonstration of the same task, moved to where the "
