@@ -4,7 +4,7 @@
     python benchmarks/conv_baseline.py measure runs/conv data/drawer-test
     python benchmarks/conv_baseline.py trials runs/conv --trials 25
 
-First pictures of all views at 64 px, a spot at the tool point now and the instruction go in, the tool point in all 12 later frames
+First pictures of all views at 64 px, a spot at the tool point now and the instruction go in, the tool point in all later frames
 comes out. Windows, the episodes held out and the windows measured are those of `mvwan train --preset tiny` and `mvwan evaluate` under
 the same seed and settings: errors compare horizon for horizon. It trains on windows from every frame.
 
@@ -164,6 +164,9 @@ class Conv:
         grip, place = np.full(1, np.nan, np.float32), place_of(seen.instruction, self._instructions)
         (point_m,), (gripper_open,) = predict(self._net, one_window(rgb[:, 0], cameras, seen.state.point_m[None], grip, place))
         found = np.flatnonzero(np.isfinite(point_m[: self._execute]).all(axis=-1))
+        if not len(found):  # the arm stays and looks again
+            here = np.repeat(seen.state.point_m[None], self._execute, axis=0)
+            return Plan(point_m=here, gripper_open=np.full(self._execute, np.nan, np.float32), stride=self._stride)
         return Plan(point_m=point_m[found], gripper_open=gripper_open[found], stride=self._stride)
 
 

@@ -8,7 +8,7 @@ from mvwan.cameras import Camera
 from mvwan.data.lerobot import write_dataset
 
 
-def write_demonstrations(root: Path, first: int = 0, episodes: int = 4) -> Path:
+def write_demonstrations(root: Path, first: int = 0, episodes: int = 4, reverse_views: bool = False) -> Path:
     """`root`, a dataset of `episodes` of nine frames at 64 px in three views; the ball is drawn where it projects.
 
     Another `first` gives other paths. The gripper closes on its way, one frame later in each episode.
@@ -20,6 +20,7 @@ def write_demonstrations(root: Path, first: int = 0, episodes: int = 4) -> Path:
         pose[:3, :3] = [[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]]
         pose[2, 3] = 1.0
         cameras.append(Camera(name=name, width_px=64, height_px=64, intrinsics=intrinsics, world_to_camera=pose))
+    cameras = cameras[::-1] if reverse_views else cameras
     rows, columns = np.mgrid[0:64, 0:64] + 0.5
     with write_dataset(root, cameras=cameras, fps=10, action_names=("dx", "dy", "dz", "gripper"), robot_type="ball") as writer:
         for episode in range(episodes):

@@ -24,7 +24,7 @@ RLBENCH_CAMERAS = {"left": "left_shoulder", "right": "right_shoulder", "top": "o
 def write_mvtrack(root: Path, episodes: Sequence[Episode], splits: dict[str, str] | None = None) -> Path:
     """`root` with a scene per episode, `<word><number>`: the tracked point is the middle of a box, unseen where it is out of the picture.
 
-    `splits` gives `train`, `val` or `test` by scene.
+    `splits` gives `train`, `val` or `test` by scene; a scene that it does not name is in no list.
     """
     for number, episode in enumerate(episodes):
         scene = f"{episode.name.split('/')[0].split('-')[0]}{number}"
@@ -40,7 +40,7 @@ def write_mvtrack(root: Path, episodes: Sequence[Episode], splits: dict[str, str
             lines = [f"{u:.3f},{v:.3f},{BOX_PX},{BOX_PX}\n" for u, v in corners]
             (folder / "groundtruth.txt").write_text("".join(lines))
             (folder / "invisible.txt").write_text(",".join(str(int(not flag)) for flag in seen))
-        for name in [splits[scene]] if splits else []:
+        for name in [splits[scene]] if splits and scene in splits else []:
             with (root / f"{name}_split.txt").open("a") as file:
                 file.writelines(f"{scene}-{view + 1}\n" for view in range(len(episode.cameras)))
     return root

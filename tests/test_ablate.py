@@ -34,7 +34,7 @@ from mvwan.checkpoint import TRAINED, find_checkpoint
 from mvwan.config import Config, FlowConfig, merge
 from mvwan.data.dataset import WindowDataset, read_episodes
 from mvwan.errors import MvwanError
-from mvwan.files import only_worker, read_json, read_json_lines, write_json
+from mvwan.files import only_worker, read_json, read_json_lines, write_file, write_json
 from mvwan.presets import config_from_preset
 from mvwan.processes import Failure
 from mvwan.train_data import micro_batches
@@ -192,6 +192,7 @@ def test_runs_of_an_earlier_start_are_not_taken_for_new_ones(made: tuple[Path, s
     grid = replace(first, settings=merge(first.settings, {"train": {"from_checkpoint": str(start)}}), learning_rates=(1e-3,))
     grid = replace(grid, accept_trainable_change=True)
     job, *_ = ablate._training_jobs(check_grid(grid, tmp_path / "out"))
+    write_file(tmp_path / "out" / "grid.yaml", grid.to_yaml())
     write_json(job.folder / "training.json", {"trained_from": job.options["trained_from"]})
     assert check_grid(grid, tmp_path / "out").keys[job.folder] == job.key
     shutil.rmtree(start)

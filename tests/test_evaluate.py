@@ -28,6 +28,7 @@ from mvwan.evaluation_table import read_evaluation, render
 from mvwan.heatmaps import render as render_heat
 from mvwan.metrics import Tally
 from mvwan.sample import LoadedRun, load_run
+from tests.demonstrations import write_demonstrations
 
 
 @pytest.fixture(scope="module")
@@ -183,11 +184,23 @@ def test_a_window_without_a_demonstration_has_no_nearest_and_the_table_says_so(r
 
 def test_a_foreign_data_set_is_held_out_whole(run: LoadedRun, tiny_demonstrations: Path, tmp_path: Path) -> None:
     assert len(held_out_windows(run, tiny_demonstrations)) == len(held_out_windows(run))
+    others = write_demonstrations(tmp_path / "others", first=50)
+    assert {window.episode.name for window in held_out_windows(run, others).windows} == {f"ball/{number:06d}" for number in range(4)}
+
+
+def test_what_was_trained_on_is_not_held_out_in_another_folder(run: LoadedRun, tiny_demonstrations: Path, tmp_path: Path) -> None:
     link = tmp_path / "copy"
     link.mkdir()
     for part in tiny_demonstrations.iterdir():
         (link / part.name).symlink_to(part)
-    assert {window.episode.name for window in held_out_windows(run, link).windows} == {f"ball/{number:06d}" for number in range(4)}
+    with pytest.raises(MvwanError, match=r"was trained on 3 of its 4 demonstrations. Leave --dataset out"):
+        held_out_windows(run, link)
+
+
+def test_another_data_set_is_seen_in_the_views_of_the_run(run: LoadedRun, tmp_path: Path) -> None:
+    others = write_demonstrations(tmp_path / "others", first=50, reverse_views=True)
+    windows = held_out_windows(run, others)
+    assert [camera.name for camera in windows.cameras(0)] == ["left", "right", "front"]
 
 
 def test_no_held_out_windows_is_an_error(run: LoadedRun) -> None:

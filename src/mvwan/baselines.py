@@ -35,12 +35,14 @@ def hold_first(sample: Sample, given: int) -> Answer:
     return Answer(rgb=rgb, uv_px=uv_px, point_m=metrics.hold_first(sample.point_m, 0, given))
 
 
-def constant_velocity(sample: Sample, window: Window, given: int) -> Answer:
-    """The point goes on as fast as between the last two given frames.
+def constant_velocity(sample: Sample, window: Window, given: int) -> Answer | None:
+    """The point goes on as fast as between the last two given frames; None where it has no place in space, only in pictures.
 
     Where one frame is given, its predecessor in the recording is looked at, which the run does not see: an advantage. Where there is
     none, at the start of an episode or where it has no label, the point stays.
     """
+    if not np.isfinite(sample.point_m).any():
+        return None
     if given >= 2:
         point_m = metrics.constant_velocity(sample.point_m, 0, given)
     else:
@@ -67,7 +69,10 @@ class NearestDemonstration:
         self._begins: dict[str, tuple[list[int], np.ndarray, np.ndarray]] = {}
 
     def answer(self, sample: Sample) -> Answer | None:
-        """The demonstration's pictures and points after the given frames; None when no demonstration has the instruction."""
+        """The demonstration's pictures and points after the given frames.
+
+        None when no demonstration has the instruction, or where its points have no place in space, only in pictures.
+        """
         last = self._last_given
         places, thumbnails, points_m = self._of(sample.instruction)
         if not places:
@@ -76,7 +81,7 @@ class NearestDemonstration:
         by_point = np.linalg.norm(points_m - sample.point_m[last], axis=1)
         alike = np.argsort(_by_mean(by_picture) + _by_mean(by_point), kind="stable").tolist()
         nearest = next(filter(None, (self._training.readable_sample(places[found]) for found in alike)), None)
-        if nearest is None:
+        if nearest is None or not np.isfinite(nearest.point_m).any():
             return None
         shift_m = sample.point_m[last] - nearest.point_m[last]
         point_m = nearest.point_m + (shift_m if np.isfinite(shift_m).all() else 0)

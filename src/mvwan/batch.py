@@ -57,6 +57,11 @@ class Episode:
     def num_frames(self) -> int:
         return len(self.point_m)
 
+    @property
+    def demonstrated(self) -> tuple[str, bytes, bytes]:
+        """What is equal for the same demonstration under any name and in any folder: where the point went, and why."""
+        return self.instruction, self.point_m.tobytes(), b"" if self.uv_px is None else self.uv_px.tobytes()
+
     def check(self) -> "Episode":
         """Itself, or `MvwanError` that names the episode and the field at fault."""
         frames = self.num_frames

@@ -304,6 +304,8 @@ def sample(
         raise MvwanError("--image: pictures of your own need --cameras and --prompt as well")
     else:
         point_m = None if point is None else _point(point)
+        if point_m is None:
+            typer.echo("no --point: the run is not told where the tool point is now, and may then lose it", err=True)
         from mvwan.evaluate import sample_pictures
 
         written = sample_pictures(run, output, image, cameras, prompt, point_m=point_m, gripper_open=gripper_open, fps=fps, **steps)
@@ -331,7 +333,10 @@ def evaluate(
     heat_from: HeatSource = HeatFrom.auto,
     seed: Seed = 0,
     output: Annotated[
-        Path | None, typer.Option("--output", help="JSON file; not given: evaluation.json in the run.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--output", help="JSON file; not given: evaluation.json in the run, with --dataset evaluation_NAME.json.", show_default=False
+        ),
     ] = None,
     cameras: Annotated[
         str | None,
@@ -370,7 +375,7 @@ def evaluate(
         from mvwan.closed_loop import render as render_trials
 
         widened = is_widened(run) if layouts is None else layouts == "widened"
-        settings = TrialSettings(execute=execute, denoise_steps=denoise_steps, seed=seed, widened=widened)
+        settings = TrialSettings(execute=execute, denoise_steps=denoise_steps, seed=seed, widened=widened, heat_from=heat_from.value)
         planned = plan_trials(run, trials=trials, tasks=task, settings=settings, final=final, videos=videos)
         named = ", ".join(dict.fromkeys(trial.task for trial in planned))
         kind = "widened" if widened else "stock"

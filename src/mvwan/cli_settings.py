@@ -90,7 +90,7 @@ Settings = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="One setting laid over both, e.g. train.steps=100; repeatable.", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else there.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 DenoiseSteps = Annotated[int, typer.Option("--denoise-steps", min=1, help="Euler steps from noise to video.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of one of its checkpoints.", show_default=False)]
 Dataset = Annotated[

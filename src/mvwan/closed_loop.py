@@ -35,7 +35,7 @@ from mvwan.files import json_line, read_json_lines, sha256_json, write_file, wri
 from mvwan.memory import peak_bytes
 from mvwan.metrics import rate_in_words, success_rate
 from mvwan.policies import POLICIES, Demonstrations, ExpertWaypoints, Hold, Policy, PolicyName, Predicted, Replay, Seen
-from mvwan.sample import LoadedRun, load_run
+from mvwan.sample import HeatFrom, LoadedRun, load_run
 from mvwan.sim.execution import Arm, Plan
 from mvwan.sim.metaworld import CONTROL_STEPS_PER_SECOND, RESERVED_LAYOUTS, Simulator
 from mvwan.sim.tasks import WIDENED, task_name
@@ -58,9 +58,15 @@ class TrialSettings:
     """A trial without success ends after so many; Meta-World's own limit."""
     widened: bool = False
     """Layouts further apart than Meta-World's."""
+    heat_from: HeatFrom = "auto"
+    """As for `load_run`."""
 
     def check(self, run: Config) -> "TrialSettings":
         """Itself, or `MvwanError` that names the field at fault."""
+        if run.model.views < 2:
+            raise MvwanError("closed loop: the run has one view, and a point in space needs two. Train with more cameras.")
+        if run.train.condition_frames != 1:
+            raise MvwanError(f"closed loop: the run starts from {run.train.condition_frames} given latent frames, an arm sees one picture")
         most = run.data.num_frames - 1
         if not 1 <= self.execute <= most:
             raise MvwanError(f"--execute {self.execute}: the run predicts {most} later frames; choose 1 to {most}")
@@ -228,7 +234,7 @@ def _digest(
     if policy == "predicted":
         wanted["checkpoint"] = manifest
     else:
-        del wanted["execute"], wanted["denoise_steps"]
+        del wanted["execute"], wanted["denoise_steps"], wanted["heat_from"]
     if policy == "replay":
         wanted["demonstrations"] = demonstrations.fingerprint
     interval = manifest["config"]["data"]["frame_interval"]
@@ -291,7 +297,7 @@ def _run_trial(trial: Trial) -> dict[str, Any]:
     if isinstance(policy, Predicted):
         residual = np.array(policy.residual_px)
         line |= {
-            "checkpoint_step": _loaded(trial.checkpoint).step,
+            "checkpoint_step": _loaded(trial.checkpoint, trial.settings.heat_from).step,
             "waypoints_lost": policy.num_lost,
             "residual_px": {"mean": float(residual.mean()), "largest": float(residual.max())} if len(residual) else None,
         }
@@ -336,7 +342,7 @@ def _policy(trial: Trial, config: Config, demonstrations: Demonstrations) -> Pol
     stride = demonstrations.control_steps_per_frame * config.data.frame_interval
     match trial.policy:
         case "predicted":
-            return Predicted(_loaded(trial.checkpoint), stride, settings.execute, settings.denoise_steps, settings.seed)
+            return Predicted(_loaded(trial.checkpoint, settings.heat_from), stride, settings.execute, settings.denoise_steps, settings.seed)
         case "expert_waypoints":
             return ExpertWaypoints(stride)
         case "replay":
@@ -355,8 +361,8 @@ def _source(checkpoint: Path) -> tuple[Config, Demonstrations]:
 
 
 @lru_cache(maxsize=1)
-def _loaded(checkpoint: Path) -> LoadedRun:
-    return load_run(checkpoint)
+def _loaded(checkpoint: Path, heat_from: HeatFrom) -> LoadedRun:
+    return load_run(checkpoint, heat_from=heat_from)
 
 
 _open_simulators: dict[tuple[Path, str, bool], Simulator] = {}

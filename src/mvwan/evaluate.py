@@ -19,9 +19,9 @@ from rich.progress import track
 
 from mvwan import baselines, heatmaps, metrics
 from mvwan.baselines import Answer, NearestDemonstration
-from mvwan.batch import Prediction, Sample
-from mvwan.config import Attention
-from mvwan.data.dataset import Window, WindowDataset, episodes_of, heat_video, roots_of
+from mvwan.batch import Episode, Prediction, Sample
+from mvwan.config import Attention, DataConfig
+from mvwan.data.dataset import Window, WindowDataset, episodes_of, heat_video, kept_out, roots_of
 from mvwan.data.windows import spread
 from mvwan.errors import MvwanError
 from mvwan.evaluation_table import FORMAT_VERSION, PCK_PX, SOURCES
@@ -58,21 +58,40 @@ def seen_by(run: LoadedRun, cameras: Sequence[str] | None) -> LoadedRun:
 
 
 def held_out_windows(run: LoadedRun, dataset: str | Path | None = None) -> WindowDataset:
-    """The windows that the run never trained on, of its own data set or of the whole of another one at `dataset`.
+    """The windows that the run never trained on, of its own data set or of the whole of another one at `dataset`, in the run's views.
 
-    Raises `MvwanError` when there is none.
+    Raises `MvwanError` when there is none, or when demonstrations at `dataset` were trained on, as far as those are still there.
     """
     data = run.config.data
     episodes = episodes_of(data, dataset)
     is_own = dataset is None or [Path(dataset).resolve()] == [Path(root).resolve() for root in roots_of(data.root)]
     if not is_own:
-        data = replace(data, validation_share=1.0)
+        data = _as_the_run_sees(run, str(dataset), episodes)
     windows = WindowDataset(episodes, data, run.config.model.views, "validation", run.config.seed)
     if not len(windows):
         raise MvwanError(
             f"{' and '.join(roots_of(dataset or data.root))}: no held-out windows. Set data.validation_share above 0, or give --dataset."
         )
     return windows
+
+
+def _as_the_run_sees(run: LoadedRun, dataset: str, episodes: Sequence[Episode]) -> DataConfig:
+    """Settings that hold out all of `episodes`, which are another data set, with views in the order of the run's demonstrations."""
+    data = run.config.data
+    whole = replace(data, validation_share=1.0)
+    if not all(Path(root).is_dir() for root in roots_of(data.root)):
+        return whole
+    own = episodes_of(data)
+    kept = kept_out(own, run.config.seed, data.validation_share)
+    trained = {episode.demonstrated for episode in own if episode.name not in kept}
+    if twice := sum(episode.demonstrated in trained for episode in episodes):
+        raise MvwanError(
+            f"--dataset {dataset}: the run was trained on {twice} of its {len(episodes)} demonstrations. Leave --dataset out to measure on "
+            "those that the run held out, or record others with another --seed."
+        )
+    names = [camera.name for camera in own[0].cameras]
+    is_same_rig = sorted(names) == sorted(camera.name for camera in episodes[0].cameras)
+    return replace(whole, cameras=tuple(names)) if data.cameras is None and is_same_rig else whole
 
 
 def predict_sample(run: LoadedRun, sample: Sample, denoise_steps: int = 5, seed: int = 0) -> Prediction:
@@ -110,16 +129,17 @@ def evaluate_prediction(
 ) -> dict[str, Any]:
     """Measures as plain dicts, also written to `output` (None: `evaluation.json` in the run's folder, with the names of `cameras` in it).
 
-    `cameras` names those to look through, as in `seen_by`. At most `windows` held-out windows, spread evenly. `keep` of them, spread
-    evenly too, are stored as `predictions/NN.npz` beside the JSON, for pictures. `codec_from` is an earlier result: its codec
-    column is taken over when codec and windows are the same. `heat_from` is that of `load_run`. `progress` shows a bar on stderr.
+    Where `dataset` is given, its folder's name is in the file's name too. `cameras` names those to look through, as in `seen_by`. At most
+    `windows` held-out windows, spread evenly. `keep` of them, spread evenly too, are stored as `predictions/NN.npz` beside the JSON, for
+    pictures. `codec_from` is an earlier result: its codec column is taken over when codec and windows are the same. `heat_from` is that
+    of `load_run`. `progress` shows a bar on stderr.
     """
     started = time.monotonic()
     loaded = seen_by(run if isinstance(run, LoadedRun) else load_run(run, heat_from=heat_from), cameras)
     held_out = held_out_windows(loaded, dataset)
     chosen = spread(len(held_out), windows)
     kept = {chosen[place] for place in spread(len(chosen), keep)}
-    name = "_".join(["evaluation", *(cameras or ())]) + ".json"
+    name = "_".join(["evaluation", *([] if dataset is None else [Path(dataset).resolve().name]), *(cameras or ())]) + ".json"
     target = Path(output) if output is not None else loaded.checkpoint.parents[1] / name
     reader = None if loaded.reader is None else digest(loaded.reader.tensors)
     codec_key = sha256_json([loaded.codec.digest, reader, loaded.config.data.heatmap_sigma_px, *map(held_out.sample_fingerprint, chosen)])
@@ -149,6 +169,7 @@ def evaluate_prediction(
     result = {
         "format_version": FORMAT_VERSION,
         "checkpoint": str(loaded.checkpoint),
+        "dataset": list(roots_of(str(dataset) if dataset is not None else loaded.config.data.root)),
         "step": loaded.step,
         "unfreeze_modulation_and_norms": loaded.config.unfreeze_modulation_and_norms,
         "denoise_steps": denoise_steps,
@@ -193,10 +214,11 @@ def answers_of(
     answers = {
         "predicted": predicted,
         "hold_first": baselines.hold_first(sample, given),
-        "constant_velocity": baselines.constant_velocity(sample, window, given),
     }
+    going_on = baselines.constant_velocity(sample, window, given)
     demonstrated = nearest.answer(sample) if nearest is not None else None
-    return answers | ({"nearest": demonstrated} if demonstrated is not None else {})
+    known = {name: answer for name, answer in (("constant_velocity", going_on), ("nearest", demonstrated)) if answer is not None}
+    return answers | known
 
 
 def measure_window(run: LoadedRun, sample: Sample, prediction: Prediction, answers: Mapping[str, Answer]) -> Tallies:

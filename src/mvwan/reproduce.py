@@ -217,7 +217,13 @@ def _encode(config: Config, latents: Path) -> None:
 def _measure(wanted: Reproduction, run: Path) -> None:
     windows = _measured(wanted)["windows"]
     evaluate_prediction(
-        run, dataset=wanted.output / "test", windows=windows, denoise_steps=wanted.denoise_steps, seed=wanted.seed, progress=True
+        run,
+        dataset=wanted.output / "test",
+        output=run / "evaluation.json",
+        windows=windows,
+        denoise_steps=wanted.denoise_steps,
+        seed=wanted.seed,
+        progress=True,
     )
 
 

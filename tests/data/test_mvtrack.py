@@ -8,9 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mvwan.baselines import NearestDemonstration, constant_velocity
 from mvwan.batch import Episode
 from mvwan.config import DataConfig
 from mvwan.data.dataset import WindowDataset, read_episodes
+from mvwan.data.left_out import LeftOut
 from mvwan.data.lerobot import read_lerobot
 from mvwan.data.mvtrack import read_mvtrack
 from mvwan.errors import MvwanError
@@ -60,6 +62,22 @@ def test_the_datasets_own_splits_hold_and_test_scenes_stay_out(scenes: Path) -> 
         training, held_out = (WindowDataset(episodes, DATA, 3, split, seed) for split in ("train", "validation"))
         assert {window.episode.name for window in training.windows} == {"ball0", "ball1"}
         assert {window.episode.name for window in held_out.windows} == {"ball2"}
+
+
+def test_a_scene_that_no_split_names_is_not_dropped_in_silence(recorded: list[Episode], tmp_path: Path) -> None:
+    root = write_mvtrack(tmp_path / "data", recorded, {"ball0": "train", "ball1": "train", "ball2": "val"})
+    with pytest.raises(MvwanError, match="scene ball3: is in none of the split files"):
+        read_episodes(root)
+    left_out: list[LeftOut] = []
+    assert [episode.name for episode in read_mvtrack(root, left_out=left_out)] == ["ball0", "ball1", "ball2"]
+    assert [one.name for one in left_out] == ["ball3"]
+
+
+def test_what_has_no_place_in_space_has_no_baseline_that_needs_one(scenes: Path) -> None:
+    """Their numbers would be those of holding the first frame, under other names."""
+    windows = WindowDataset(read_episodes(scenes), DATA, 3, "train", 0)
+    sample = windows.sample(0)
+    assert constant_velocity(sample, windows.windows[0], 1) is None and NearestDemonstration(windows, 1).answer(sample) is None
 
 
 def test_labels_follow_crops_and_resizes(scenes: Path, recorded: list[Episode]) -> None:

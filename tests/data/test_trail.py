@@ -136,6 +136,10 @@ def test_settings_choose_trails_and_views(ball: Path) -> None:
     assert [episode.name for episode in read_trail(ball, SETTINGS)] == ["push_ball/trail_1", "push_ball/trail_2"]
     assert [episode.name for episode in read_trail(ball / "push_ball", replace(SETTINGS, first=2))] == ["push_ball/trail_2"]
     assert [episode.name for episode in read_trail(ball, replace(SETTINGS, last=1))] == ["push_ball/trail_1"]
+    with pytest.raises(MvwanError, match=r"data\.trail\.last=0 leave no demonstration"):
+        read_trail(ball, replace(SETTINGS, first=0, last=0))
+    fingerprints = [read_trail(ball, replace(SETTINGS, radius_px=radius_px))[0].fingerprint for radius_px in (1, 8)]
+    assert fingerprints[0] != fingerprints[1], "the radius makes other pictures"
     with pytest.raises(MvwanError, match=r"data\.trail\.first=7 .* leave no demonstration; there are trails 1 to 2"):
         read_trail(ball, replace(SETTINGS, first=7))
     (side,) = read_trail(ball, replace(SETTINGS, last=1), ["side"])

@@ -96,6 +96,7 @@ def test_the_experts_waypoints_solve_the_task_and_a_trial_ends_with_its_success(
         (np.zeros((2, 2)), 2, 4, r"point_m is \(2, 2\)"),
         (np.zeros((2, 3)), 1, 4, r"gripper_open is \(1,\), needs \(2,\)"),
         (np.zeros((1, 3)), 1, 0, "stride=0"),
+        (np.zeros((0, 3)), 0, 4, "no waypoint"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(point_m, openings, stride, message):

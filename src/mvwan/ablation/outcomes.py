@@ -19,7 +19,7 @@ import torch
 
 from mvwan import flow, metrics
 from mvwan.baselines import Answer
-from mvwan.batch import Episode, Sample
+from mvwan.batch import Sample
 from mvwan.checkpoint import find_checkpoint, load_trained
 from mvwan.closed_loop import TrialSettings, evaluate_closed_loop, is_widened, plan_trials
 from mvwan.config import Config, FlowConfig
@@ -77,7 +77,7 @@ def measured_windows(config: Config, test_dataset: str | Path | None, seeds: int
                 f"data.validation_share={data.validation_share:g} holds no episode out, so no learning rate can be chosen. Raise it."
             )
         further = episodes_of(data, test_dataset)
-        if twice := {_path_of(episode) for episode in further} & {_path_of(episode) for episode in episodes}:
+        if twice := {episode.demonstrated for episode in further} & {episode.demonstrated for episode in episodes}:
             raise MvwanError(
                 f"--test-dataset {test_dataset}: {len(twice)} of its demonstrations are also in {' and '.join(roots_of(data.root))}. "
                 "Record it with another --seed."
@@ -115,11 +115,6 @@ def _validating(of_seeds: Sequence[Collection[str]]) -> set[str]:
 def _of_episodes(windows: WindowDataset, names: set[str]) -> WindowDataset:
     chosen = np.array([episode.name in names for episode in windows.windows.episodes])
     return windows.without(np.flatnonzero(~chosen[windows.windows.episode_of]).tolist())
-
-
-def _path_of(episode: Episode) -> tuple[str, bytes, bytes]:
-    """What is equal for the same demonstration under any name: where the point went, and why."""
-    return episode.instruction, episode.point_m.tobytes(), b"" if episode.uv_px is None else episode.uv_px.tobytes()
 
 
 def open_cache(config: Config, folder: str | Path, windows: WindowDataset) -> LatentCache:

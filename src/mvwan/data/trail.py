@@ -53,7 +53,11 @@ def read_trail(
     chosen = [place for place, camera in enumerate(rig) if cameras is None or camera.name in cameras] or list(range(len(rig)))
     tasks = [folder for folder in (root, *_folders(root)) if _trails(folder)]
     numbered = [(task, number, trail) for task in tasks for number, trail in _trails(task)]
-    kept = [(task, trail) for task, number, trail in numbered if settings.first <= number <= (settings.last or number)]
+    kept = [
+        (task, trail)
+        for task, number, trail in numbered
+        if settings.first <= number <= (number if settings.last is None else settings.last)
+    ]
     if not kept:
         numbers = sorted({number for _, number, _ in numbered})
         raise MvwanError(
@@ -95,7 +99,13 @@ def _episode(task: Path, trail: Path, settings: TrailConfig, rig: tuple[Camera, 
         settings=settings,
     )
     stored = [[path.name, path.stat().st_size] for sensor in SENSORS for path in sorted(trail.glob(f"{sensor}_*/*.pkl"))]
-    scene = [settings.scene_bounds_m, settings.size_px, settings.merged, [matrix.tolist() for matrix in clouds.base_from_sensor]]
+    scene = [
+        settings.scene_bounds_m,
+        settings.size_px,
+        settings.merged,
+        settings.radius_px,
+        [matrix.tolist() for matrix in clouds.base_from_sensor],
+    ]
     return Episode(
         name=name,
         instruction=read_text(trail / "instruction.txt").strip() or task.name.replace("_", " "),

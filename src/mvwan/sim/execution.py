@@ -33,7 +33,7 @@ class Plan:
     """Where the tool point shall go next."""
 
     point_m: np.ndarray
-    """[K 3] float64, world frame, metres, all finite."""
+    """[K 3] float64, world frame, metres, all finite; K at least 1: to stay is a waypoint too."""
     gripper_open: np.ndarray
     """[K] float32, 0 closed .. 1 open; NaN leaves the gripper as it is."""
     stride: int
@@ -45,6 +45,8 @@ class Plan:
         """Itself, or `MvwanError` that names the field at fault."""
         if self.point_m.ndim != 2 or self.point_m.shape[1] != 3 or not np.isfinite(self.point_m).all():
             raise MvwanError(f"plan: point_m is {self.point_m.shape}, needs (K, 3) finite metres; leave out waypoints that are not known")
+        if not len(self.point_m):
+            raise MvwanError("plan: no waypoint, and so no step to make. Give the place where the arm is to stay there.")
         if self.gripper_open.shape != (len(self.point_m),):
             raise MvwanError(f"plan: gripper_open is {self.gripper_open.shape}, needs ({len(self.point_m)},), NaN where it is not known")
         if self.stride < 1:
