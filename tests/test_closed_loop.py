@@ -25,7 +25,7 @@ from mvwan.config import DataConfig
 from mvwan.data.dataset import read_episodes
 from mvwan.errors import MvwanError
 from mvwan.evaluation_table import read_closed_loop
-from mvwan.files import read_json, read_json_lines
+from mvwan.files import only_worker, read_json, read_json_lines
 from mvwan.policies import POLICIES, Demonstrations, Replay, Seen
 from mvwan.presets import config_from_preset
 from mvwan.sim.execution import Arm
@@ -74,7 +74,7 @@ def test_the_command_shows_a_rate_for_the_run_and_each_control_and_films_them(ty
     assert all((folder / film["file"]).is_file() for film in result["films"])
     predicted = next(line for line in lines if line["policy"] == "predicted")
     assert predicted["plans"] >= 1 and predicted["checkpoint_step"] == 2
-    films = sorted((folder / "rollouts").iterdir())
+    films = sorted((folder / "rollouts").glob("*.mp4"))
     names = [f"{TASK}-stock-{line['layout_seed']}-{line['policy']}-{line['digest'][:8]}.mp4" for line in lines]
     assert [film.name for film in films] == sorted(names)
     with av.open(str(films[0])) as container:
@@ -162,6 +162,30 @@ def test_replay_follows_a_training_demonstration_and_solves_its_own_layout(folde
         assert arm.succeeded
     with pytest.raises(MvwanError, match="door-open-v3: the run has no training demonstration"):
         policy.begin("door-open-v3", 0, widened=False)
+
+
+def test_one_command_at_a_time_lets_a_run_move(folder):
+    before = (folder / "rollouts.jsonl").read_text() if (folder / "rollouts.jsonl").is_file() else None
+    with only_worker(folder / "rollouts", wait=False), pytest.raises(MvwanError, match="another command is at work"):
+        evaluate_closed_loop(folder, trials=1, settings=TrialSettings(execute=4, denoise_steps=1))
+    assert ((folder / "rollouts.jsonl").read_text() if (folder / "rollouts.jsonl").is_file() else None) == before
+
+
+def test_what_makes_heat_tells_trials_of_the_run_apart_and_no_others(folder):
+    digests = [
+        {trial.policy: trial.digest for trial in plan_trials(folder, trials=1, settings=TrialSettings(execute=4, heat_from=source))}
+        for source in ("auto", "vae")
+    ]
+    assert {policy for policy in POLICIES if digests[0][policy] != digests[1][policy]} == {"predicted"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"model": {"views": 1}}, "one view"), ({"train": {"condition_frames": 2}}, "2 given latent frames")]
+)
+def test_what_no_arm_can_follow_is_refused_before_a_simulator_starts(change, message):
+    config = config_from_preset("tiny", change)
+    with pytest.raises(MvwanError, match=message):
+        TrialSettings().check(config)
 
 
 def test_a_run_is_told_what_does_not_fit_it(folder):

@@ -31,7 +31,7 @@ from mvwan.checkpoint import find_checkpoint, read_manifest
 from mvwan.config import Config, config_from_dict
 from mvwan.errors import MvwanError
 from mvwan.evaluation_table import CLOSED_LOOP_FORMAT
-from mvwan.files import json_line, read_json_lines, sha256_json, write_file, write_json
+from mvwan.files import json_line, only_worker, read_json_lines, sha256_json, write_file, write_json
 from mvwan.memory import peak_bytes
 from mvwan.metrics import rate_in_words, success_rate
 from mvwan.policies import POLICIES, Demonstrations, ExpertWaypoints, Hold, Policy, PolicyName, Predicted, Replay, Seen
@@ -109,20 +109,15 @@ def evaluate_closed_loop(
 
     `trials` layouts of each task (None: the tasks of the run's demonstrations), the same for every policy; `final` takes the reserved
     ones. Finished trials are kept in `rollouts.jsonl` and not repeated. The first `videos` trials of each task and policy are filmed.
-    Raises `MvwanError` for a run that knows none of Meta-World's tasks, or settings that do not fit it.
+    Raises `MvwanError` for a run that knows none of Meta-World's tasks, for settings that do not fit it, or when another command is
+    letting it move.
     """
     started = time.monotonic()
     settings = settings or TrialSettings()
     planned = plan_trials(run, trials=trials, tasks=tasks, policies=policies, settings=settings, final=final, videos=videos)
     run_folder = planned[0].checkpoint.parents[1]
-    path = run_folder / "rollouts.jsonl"
-    lines = _finished(path)
-    missing = [trial for trial in planned if _is_missing(trial, lines)]
-    if missing:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # What a killed writer left of a line goes before another is appended.
-        write_file(path, "".join(json_line(line) for line in lines.values()))
-        lines |= {line["digest"]: line for line in _run_all(missing, path, processes, progress)}
+    with only_worker(run_folder / "rollouts", wait=False):
+        lines = _run_missing(planned, run_folder / "rollouts.jsonl", processes, progress)
     result = {
         "format_version": CLOSED_LOOP_FORMAT,
         "settings": asdict(settings),
@@ -141,6 +136,17 @@ def evaluate_closed_loop(
     }
     write_json(run_folder / "closed_loop.json", result)
     return result
+
+
+def _run_missing(planned: Sequence[Trial], path: Path, processes: int, progress: bool) -> dict[str, dict[str, Any]]:
+    """Digest -> line of all finished trials, after those that were missing."""
+    lines = _finished(path)
+    missing = [trial for trial in planned if _is_missing(trial, lines)]
+    if missing:
+        # What a killed writer left of a line goes before another is appended.
+        write_file(path, "".join(json_line(line) for line in lines.values()))
+        lines |= {line["digest"]: line for line in _run_all(missing, path, processes, progress)}
+    return lines
 
 
 def plan_trials(
