@@ -98,6 +98,17 @@ def test_old_checkpoints_go_when_new_ones_are_safe(off: HeatmapWanTrainingModule
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-000004", "step-000006"]
 
 
+def test_a_folder_named_as_the_checkpoint_that_ships_is_not_passed_over(
+    off: HeatmapWanTrainingModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.find_checkpoint("tiny-tracking").is_absolute()
+    own = save(off, tmp_path / "tiny-tracking", step=2)
+    with pytest.raises(MvwanError, match=f"there is a {tmp_path / 'tiny-tracking'}, and one that ships"):
+        checkpoint.find_checkpoint("tiny-tracking")
+    assert checkpoint.find_checkpoint(tmp_path / "tiny-tracking") == own
+
+
 def test_the_best_stays_and_is_pointed_to(off: HeatmapWanTrainingModule, tmp_path: Path) -> None:
     losses = {2: 0.5, 4: 0.2, 6: None, 8: 0.2, 10: 0.3}
     for step, loss in losses.items():
@@ -112,9 +123,9 @@ def test_the_best_stays_and_is_pointed_to(off: HeatmapWanTrainingModule, tmp_pat
     spoiled.write_text(spoiled.read_text() + " ")  # it cannot be the best any more, and must not keep others from being saved
     save(off, tmp_path, step=12, loss=0.4, keep_last=2, keep_best=False)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-000010", "step-000012"]
-    assert (folder / "best").read_text() == "step-000008\n", "the best when it was chosen; it went by keep_best=False"
-    with pytest.raises(MvwanError, match="step-000008: no such file or folder"):
-        load_trained(folder / "best")
+    assert checkpoint.find_checkpoint(folder / "best") == folder / "step-000010", "the best of those that are left"
+    save(off, tmp_path, step=14, keep_last=1, keep_best=False)
+    assert not (folder / "best").exists(), "no loss was measured of what is left"
     (folder / "best").write_text("../../elsewhere")
     with pytest.raises(MvwanError, match="best: names no checkpoint folder"):
         load_trained(folder / "best")

@@ -196,6 +196,20 @@ def test_the_resume_guard_looks_at_base_data_step_and_windows_per_step(off: Heat
             check_resume(saved, saved | change, "run")
 
 
+def test_the_resume_guard_sees_what_is_new(off: HeatmapWanTrainingModule) -> None:
+    saved = manifest_of(off) | {"step": 4, "codec": "a"}
+    groups = changed_config(saved["config"], "trainable", "groups", {"projector": {"learning_rate": 0.05}})
+    with pytest.raises(MvwanError, match=r"trainable\.groups\.projector\.learning_rate: absent in the checkpoint, 0\.05 now"):
+        check_resume(saved, saved | {"config": groups}, "run")
+    with pytest.raises(MvwanError, match="digest of VAE and text encoder: a in the checkpoint, b now"):
+        check_resume(saved, saved | {"codec": "b"}, "run")
+    older = json.loads(json.dumps(saved))
+    del older["config"]["train"]["heat_reader_weight"], older["codec"]  # from before there were any
+    check_resume(older, saved, "run")
+    with pytest.raises(MvwanError, match=r"train\.heat_reader_weight: 0\.0 in the checkpoint, 100 now"):
+        check_resume(older, saved | {"config": changed_config(saved["config"], "train", "heat_reader_weight", 100)}, "run")
+
+
 def test_a_cosine_schedule_ends_where_it_was_to_end(off: HeatmapWanTrainingModule) -> None:
     saved = manifest_of(off) | {"step": 4}
     saved["config"] = changed_config(saved["config"], "train", "schedule", "cosine")

@@ -255,6 +255,8 @@ def test_resume_starts_where_nothing_is_and_may_go_further(settings: dict[str, A
     assert losses(further.history) == losses(direct.history)
     again = train(config_of(settings, quiet, {"train": {"steps": 3}}), tmp_path / "run", resume=True)
     assert (again.step, again.losses) == (3, further.losses)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert train(config_of(settings, quiet, {"train": {"steps": 3}}), tmp_path / "run", resume=True).losses == {}, "nothing is known"
 
 
 def files_of(folder: Path) -> dict[str, str]:

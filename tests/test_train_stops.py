@@ -83,11 +83,14 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_bit(golden_run: dict[str, Any]
     assert [line["loss"] for line in resumed.history] == [line["loss"] for line in whole.history]
 
 
-def test_sigterm_ends_the_command_with_code_75(golden_run: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "settings.yaml").write_text(dump_yaml(config_of(golden_run, ENDLESS)))
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_sigterm_ends_the_command_with_code_75(golden_run: dict[str, Any], tmp_path: Path, whole_group: bool) -> None:
+    """Also when the processes that load windows get it as well, as a whole group of processes does."""
+    (tmp_path / "settings.yaml").write_text(dump_yaml(config_of(golden_run, ENDLESS, {"train": {"num_workers": int(whole_group)}})))
     command = [sys.executable, "-m", "mvwan", "train", "--config", "settings.yaml", "--output", "run"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    after_two_steps(tmp_path / "run", process.terminate).join(timeout=120)
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+    stop = (lambda: os.killpg(process.pid, signal.SIGTERM)) if whole_group else process.terminate
+    after_two_steps(tmp_path / "run", stop).join(timeout=120)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 75, errors
     assert re.search(r"^stopped: run: stopped by SIGTERM at step \d+ of 100000", errors.splitlines()[-1])

@@ -149,9 +149,11 @@ def tidy(output: str | Path, keep_last: int = 0, keep_best: bool = False) -> Non
     folder = found[-1].parent
     remove_leftovers(folder)
     write_file(folder / LATEST, found[-1].name + "\n")
-    best = _best(found)
+    best = _best(found if keep_best else found[-keep_last:])  # [-0:] is all of them
     if best is not None:
         write_file(folder / BEST, best.name + "\n")
+    else:
+        (folder / BEST).unlink(missing_ok=True)
     for old in found[:-keep_last] if keep_last else ():
         if not (keep_best and old == best):
             remove_directory(old)
@@ -210,6 +212,8 @@ def find_checkpoint(path: str | Path) -> Path:
     `…/checkpoints/best` and `…/checkpoints/latest` mean the folder they name, `tiny-tracking` the one that ships with the tiny Wan.
     Raises `MvwanError` when there is none.
     """
+    if str(path) in SHIPPED and os.path.exists(path):
+        raise MvwanError(f"checkpoint {path}: there is a {os.path.abspath(path)}, and one that ships. Give the whole path, or rename it.")
     path = SHIPPED.get(str(path), Path(path))
     if os.path.isfile(path) and path.name in (LATEST, BEST) and path.parent.name == "checkpoints":
         path = path.parent / _pointed_to(path)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from mvwan.config import Config
 from mvwan.errors import MvwanError, some
 from mvwan.files import flatten
 from mvwan.model.trainable import CAMERA_GROUP, SWITCH_GROUPS, parameters_by_name
@@ -198,6 +199,8 @@ def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any], path: str | P
     """
     before = {"base.digest": saved["base"].get("digest"), "data.fingerprint": saved.get("data", {}).get("fingerprint")}
     after = {"base.digest": now["base"]["digest"], "data.fingerprint": now["data"]["fingerprint"]}
+    if "codec" in saved:  # which older manifests do not say
+        before["digest of VAE and text encoder"], after["digest of VAE and text encoder"] = saved["codec"], now.get("codec")
     before["windows per step"], after["windows per step"] = saved.get("items_per_step"), now["items_per_step"]
     before |= flatten(saved["config"], ".")
     after |= flatten(now["config"], ".")
@@ -206,6 +209,8 @@ def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any], path: str | P
         may_change -= {"train.steps"}
     changed = [name for name in after if name in before and before[name] != after[name] and name not in may_change]
     changed += [name for name in before if name not in after and name not in may_change]
+    usual = flatten(Config().to_dict(), ".")  # what a checkpoint does not say was as it is by default
+    changed += [name for name in after if name not in before and after[name] != usual.get(name) and name not in may_change]
     if changed == [_SWITCH]:
         raise MvwanError(
             f"{path} was trained with {_SWITCH}={str(before[_SWITCH]).lower()}, now it is {str(after[_SWITCH]).lower()}; to go on training "
@@ -213,7 +218,9 @@ def check_resume(saved: Mapping[str, Any], now: Mapping[str, Any], path: str | P
             "--accept-trainable-change: groups that are new start from the base with fresh optimizer state, and the manifest says so."
         )
     if changed:
-        listed = "; ".join(f"{name}: {before.get(name)} in the checkpoint, {after.get(name, 'absent')} now" for name in changed)
+        listed = "; ".join(
+            f"{name}: {before.get(name, usual.get(name, 'absent'))} in the checkpoint, {after.get(name, 'absent')} now" for name in changed
+        )
         raise MvwanError(
             f"{path} cannot be resumed with other settings; {listed}. "
             "Set them back, or start a new run in another folder with train.from_checkpoint."

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mvwan.config import Config
+from mvwan.model.latents import codec_digest
 from mvwan.model.wan import base_digest
 from mvwan.training_module import HeatmapWanTrainingModule
 
@@ -13,6 +14,7 @@ def run_manifest(config: Config, num_processes: int, strategy: str, fingerprint:
     base, lora = config.base, config.trainable.lora
     return {
         "base": {"id": base.source, "digest": base_digest(base.source, base.random_weights, config.seed)},
+        "codec": codec_digest(config.base.codec or config.base.source, config.data.text_tokens),
         "views": config.model.views,
         "fusion": config.model.fusion,
         "heads": ["rgb", "heatmap"],

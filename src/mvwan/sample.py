@@ -65,8 +65,8 @@ def load_run(
     and then `predict` with the same arguments, compute one prediction together. `heat_from` says what makes heat of latents: the run's heat
     reader where it has one (`auto`), or the `vae`.
 
-    Raises `MvwanError` when there is none, when it is damaged, when its base is not the one it was trained on, or when this machine
-    lacks what `attention` or the run's `base.quantize` needs.
+    Raises `MvwanError` when there is none, when it is damaged, when base, VAE or text encoder are not those it was trained on, or when this
+    machine lacks what `attention` or the run's `base.quantize` needs.
     """
     folder = find_checkpoint(path)
     if folder.is_file():
@@ -90,6 +90,11 @@ def load_run(
     if not fast:
         config = replace(config, train=replace(config.train, precision="no"))
     codec = LatentCodec.load(config.base.codec or config.base.source, config.data.text_tokens)
+    if manifest.get("codec") not in (None, codec.digest):
+        raise MvwanError(
+            f"checkpoint {folder}: was trained with another VAE, text encoder or tokenizer than those of "
+            f"{config.base.codec or config.base.source}. Put them back, or predict with the run's own base."
+        )
     codec.vae.to(device)
     found = None if heat_from == "vae" else read_heat_reader(folder)
     reader = None if found is None else HeatReader(**found).to(device)

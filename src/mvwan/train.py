@@ -64,7 +64,8 @@ class TrainResult:
 
     step: int
     losses: dict[str, float]
-    """`loss`, `rgb_loss`, `heat_loss` of the last logged step, and `gripper_loss`, `rotation_loss` where an action head learns them."""
+    """`loss`, `rgb_loss`, `heat_loss` of the last logged step, and `gripper_loss`, `rotation_loss` where an action head learns them.
+    Empty where no step is logged."""
     held_out: dict[str, Any] | None
     """The last evaluation's line, or None without one."""
     movement: dict[str, Any] | None
@@ -163,7 +164,8 @@ def loop(state: State) -> None:
             _prove_if_due(state, info["gradient_norms"])
             if state.step % config.log_every == 0 or state.step == config.steps:
                 _log(state, {"kind": "train", "step": state.step, **info})
-            _evaluate_if_due(state)
+            if not state.stopping:  # who asks for the machine does not wait for long
+                _evaluate_if_due(state)
             if state.step % config.save_every == 0 or state.step == config.steps or state.stopping:
                 save(state)
             bar.set_postfix(loss=f"{info['loss']:.4f}", refresh=False)
@@ -482,7 +484,7 @@ def _result(state: State) -> TrainResult:
     assert found is not None
     return TrainResult(
         step=state.step,
-        losses={name: steps[-1][name] for name in _loss_names(state.config)},
+        losses={name: steps[-1][name] for name in _loss_names(state.config)} if steps else {},
         held_out=evaluations[-1] if evaluations else None,
         movement=read_json(movement) if movement.is_file() else None,
         checkpoint=found,

@@ -4,6 +4,7 @@ Knows no model, no loss and no step but its number.
 """
 
 import math
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -78,10 +79,16 @@ def micro_batches(config: Config, cache: LatentCache, num_processes: int, proces
     """The micro-batches of one process from `first_step` to the end. Raises the `MvwanError` of an entry that cannot be read."""
     items = _items(config.train, config.seed, len(cache), num_processes, process, first_step)
     numbers: Any = range(len(cache))  # the loader deals in item numbers; the cache makes a batch of them, in a worker if there is one
-    for batch in DataLoader(numbers, batch_sampler=items, num_workers=config.train.num_workers, collate_fn=_BatchOrError(cache, config)):
+    workers: dict[str, Any] = {"num_workers": config.train.num_workers, "worker_init_fn": _outlive_sigterm}
+    for batch in DataLoader(numbers, batch_sampler=items, collate_fn=_BatchOrError(cache, config), **workers):
         if isinstance(batch, MvwanError):
             raise batch
         yield batch
+
+
+def _outlive_sigterm(_: int) -> None:
+    """In a worker: the trainer, which finishes its step and saves, needs it when a whole group of processes is asked to stop."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _BatchOrError:
