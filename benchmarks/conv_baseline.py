@@ -31,13 +31,13 @@ from mvwan.data.dataset import WindowDataset, episodes_of
 from mvwan.data.transforms import resize
 from mvwan.data.windows import spread
 from mvwan.errors import MvwanError
-from mvwan.evaluate import filled
+from mvwan.evaluate import all_held_out, filled
 from mvwan.files import read_json, whole_directory, write_json
 from mvwan.memory import peak_bytes
 from mvwan.metrics import Tally, error_3d_mm
 from mvwan.policies import Demonstrations, Seen
 from mvwan.presets import config_from_preset
-from mvwan.sim.execution import Plan
+from mvwan.sim.execution import Plan, stay
 from mvwan.sim.metaworld import RESERVED_LAYOUTS, Simulator
 from mvwan.sim.tasks import task_name
 from mvwan.tensors import TensorFile, write_tensors
@@ -106,8 +106,9 @@ def measure(
     """Measure on another dataset, on the windows that `mvwan evaluate --dataset` takes; writes evaluation.json anew."""
     known = read_json(run / "settings.json")
     config = config_from_dict(known["config"], f"{run}: config")
-    data = replace(config.data, validation_share=1.0)
-    held_out = WindowDataset(episodes_of(data, dataset), data, known["views"], "validation", config.seed)
+    episodes = episodes_of(config.data, dataset)
+    data = all_held_out(config.data, config.seed, str(dataset), episodes)
+    held_out = WindowDataset(episodes, data, known["views"], "validation", config.seed)
     if not len(held_out):
         raise MvwanError(f"{dataset}: its episodes are too short for a window")
     _write_errors(_net(run, known), held_out, windows, known["instructions"], config.seed, run)
@@ -165,8 +166,7 @@ class Conv:
         (point_m,), (gripper_open,) = predict(self._net, one_window(rgb[:, 0], cameras, seen.state.point_m[None], grip, place))
         found = np.flatnonzero(np.isfinite(point_m[: self._execute]).all(axis=-1))
         if not len(found):  # the arm stays and looks again
-            here = np.repeat(seen.state.point_m[None], self._execute, axis=0)
-            return Plan(point_m=here, gripper_open=np.full(self._execute, np.nan, np.float32), stride=self._stride)
+            return stay(seen.state.point_m, self._execute, self._stride)
         return Plan(point_m=point_m[found], gripper_open=gripper_open[found], stride=self._stride)
 
 

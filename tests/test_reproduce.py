@@ -109,6 +109,7 @@ def test_the_published_numbers_are_those_printed() -> None:
         ({"suite": "metaworld7-wide", "baseline": Path("nowhere.py")}, "no such script"),
         ({"trials": 0}, "--trials 0"),
         ({"test_demonstrations": -1}, "--test-demonstrations -1"),
+        ({"test_demonstrations": 30_000}, "--test-demonstrations 30000: at most 25000"),
         ({"start_from": Path("earlier"), "overrides": ["train.from_checkpoint=tiny-tracking"]}, "--start-from decides it here"),
     ],
 )

@@ -304,8 +304,7 @@ def sample(
         raise MvwanError("--image: pictures of your own need --cameras and --prompt as well")
     else:
         point_m = None if point is None else _point(point)
-        if point_m is None:
-            typer.echo("no --point: the run is not told where the tool point is now, and may then lose it", err=True)
+        note("" if point_m is not None else "no --point: the run is not told where the tool point is now, and may then lose it")
         from mvwan.evaluate import sample_pictures
 
         written = sample_pictures(run, output, image, cameras, prompt, point_m=point_m, gripper_open=gripper_open, fps=fps, **steps)

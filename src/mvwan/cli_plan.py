@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from mvwan.cli_settings import AsJson, ConfigFile, Preset, Settings, console, resolve_config
+from mvwan.cli_settings import AsJson, ConfigFile, Preset, Settings, console, note, resolve_config
 from mvwan.devices import COMMON, DEFAULT_EFFICIENCY, DEVICES, read_machine
 from mvwan.files import json_text
 
@@ -40,9 +40,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Before a machine is rented: memory per GPU, seconds per step, hours in all, bytes on the disk; what fits, and how to launch it."""
-    config, switch_note = resolve_config(preset_name, config_file, settings, None, os.environ)
-    if switch_note:
-        typer.echo(switch_note, err=True)
+    config, said = resolve_config(preset_name, config_file, settings, None, os.environ)
+    note(said)
     machines = [read_machine(words) for words in device or ([] if measure else COMMON)]
     given = ["--preset", preset_name]
     given += ["--config", str(config_file)] if config_file else []

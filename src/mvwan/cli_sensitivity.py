@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from mvwan.cli_settings import AsJson, ConfigFile, Preset, Settings, console, parse_rates, resolve_config
+from mvwan.cli_settings import AsJson, ConfigFile, Preset, Settings, console, note, parse_rates, resolve_config
 from mvwan.files import json_text, write_file
 
 if TYPE_CHECKING:
@@ -41,9 +41,8 @@ def sensitivity(
     as_json: AsJson = False,
 ) -> None:
     """Before a training: which parameter groups, and which of their blocks, are worth training; and a list of groups for a budget."""
-    config, switch_note = resolve_config(preset_name, config_file, settings, None, os.environ)
-    if switch_note:
-        typer.echo(switch_note, err=True)
+    config, said = resolve_config(preset_name, config_file, settings, None, os.environ)
+    note(said)
     rates = parse_rates(learning_rates)
     from mvwan.sensitivity import analyse, make_plan
     from mvwan.sensitivity_probes import Options

@@ -321,10 +321,9 @@ class TrainConfig:
         _positive("train.condition_frames", self.condition_frames, 1, allow_minimum=True)
         _positive("train.movement_step", self.movement_step, 2, allow_minimum=True)
         _share("train.rgb_weight", self.rgb_weight)
-        for name, decays in (("ema_decay", [self.ema_decay]), ("adam_betas", list(self.adam_betas))):
-            if not all(0 <= decay < 1 for decay in decays):
-                given, each = (decays[0], "") if len(decays) == 1 else (decays, "both ")
-                raise MvwanError(f"train.{name}={given}: {each}must be at least 0 and under 1. Set train.{name}.")
+        for name, decay in (("ema_decay", self.ema_decay), *(("adam_betas", beta) for beta in self.adam_betas)):
+            if not 0 <= decay < 1:
+                raise MvwanError(f"train.{name}={getattr(self, name)}: {decay} must be at least 0 and under 1. Set train.{name}.")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

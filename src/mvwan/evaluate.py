@@ -66,7 +66,7 @@ def held_out_windows(run: LoadedRun, dataset: str | Path | None = None) -> Windo
     episodes = episodes_of(data, dataset)
     is_own = dataset is None or [Path(dataset).resolve()] == [Path(root).resolve() for root in roots_of(data.root)]
     if not is_own:
-        data = _as_the_run_sees(run, str(dataset), episodes)
+        data = all_held_out(data, run.config.seed, str(dataset), episodes)
     windows = WindowDataset(episodes, data, run.config.model.views, "validation", run.config.seed)
     if not len(windows):
         raise MvwanError(
@@ -75,19 +75,22 @@ def held_out_windows(run: LoadedRun, dataset: str | Path | None = None) -> Windo
     return windows
 
 
-def _as_the_run_sees(run: LoadedRun, dataset: str, episodes: Sequence[Episode]) -> DataConfig:
-    """Settings that hold out all of `episodes`, which are another data set, with views in the order of the run's demonstrations."""
-    data = run.config.data
+def all_held_out(data: DataConfig, seed: int, dataset: str, episodes: Sequence[Episode]) -> DataConfig:
+    """`data`, the settings of a training with `seed`, but for another data set, all of whose `episodes` are held out.
+
+    Its views come in the order of the demonstrations that were trained on. Raises `MvwanError` when some of `episodes` are among those;
+    where they are gone, nobody can tell.
+    """
     whole = replace(data, validation_share=1.0)
     if not all(Path(root).is_dir() for root in roots_of(data.root)):
         return whole
     own = episodes_of(data)
-    kept = kept_out(own, run.config.seed, data.validation_share)
+    kept = kept_out(own, seed, data.validation_share)
     trained = {episode.demonstrated for episode in own if episode.name not in kept}
     if twice := sum(episode.demonstrated in trained for episode in episodes):
         raise MvwanError(
-            f"--dataset {dataset}: the run was trained on {twice} of its {len(episodes)} demonstrations. Leave --dataset out to measure on "
-            "those that the run held out, or record others with another --seed."
+            f"{dataset}: the run was trained on {twice} of its {len(episodes)} demonstrations. Leave --dataset out to measure on those "
+            "that the run held out, or record others with another --seed."
         )
     names = [camera.name for camera in own[0].cameras]
     is_same_rig = sorted(names) == sorted(camera.name for camera in episodes[0].cameras)
@@ -214,11 +217,10 @@ def answers_of(
     answers = {
         "predicted": predicted,
         "hold_first": baselines.hold_first(sample, given),
+        "constant_velocity": baselines.constant_velocity(sample, window, given),
+        "nearest": None if nearest is None else nearest.answer(sample),
     }
-    going_on = baselines.constant_velocity(sample, window, given)
-    demonstrated = nearest.answer(sample) if nearest is not None else None
-    known = {name: answer for name, answer in (("constant_velocity", going_on), ("nearest", demonstrated)) if answer is not None}
-    return answers | known
+    return {source: answer for source, answer in answers.items() if answer is not None}
 
 
 def measure_window(run: LoadedRun, sample: Sample, prediction: Prediction, answers: Mapping[str, Answer]) -> Tallies:

@@ -125,11 +125,12 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
     remarks = []
     if damaged := result.get("damaged_windows"):  # which results of earlier versions do not tell
         remarks.append(f"{damaged} windows are damaged and left out.")
-    if result["given_frames"] == 1:
+    if result["given_frames"] == 1 and "constant_velocity" in result["measures"]:
         remarks.append("constant velocity: its speed is that over the frame before the window, which the run does not see.")
     if (found := result["nearest_windows"]) < result["num_windows"]:
         remarks.append(
-            f"nearest: a training demonstration of the same instruction is at hand for {found} of {result['num_windows']} windows."
+            f"nearest: a training demonstration of the same instruction, with points in space, is at hand for {found} of "
+            f"{result['num_windows']} windows."
         )
     return remarks
 

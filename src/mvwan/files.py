@@ -88,7 +88,7 @@ def only_worker(folder: Path, *, wait: bool) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise MvwanError(f"{folder}: another command is at work in it. Wait for it, or choose another --output.") from None
+            raise MvwanError(f"{folder}: another command is at work in it. Wait for it, or work in another folder.") from None
         yield
 
 

@@ -19,7 +19,7 @@ from mvwan.data.transforms import resize
 from mvwan.errors import MvwanError
 from mvwan.files import sha256_json
 from mvwan.sample import LoadedRun, predict
-from mvwan.sim.execution import Plan
+from mvwan.sim.execution import Plan, stay
 from mvwan.sim.metaworld import CONTROL_STEPS_PER_SECOND, Simulator, State, rollout
 from mvwan.sim.tasks import INSTRUCTIONS
 
@@ -96,8 +96,7 @@ class Predicted:
         self.num_lost += int((~found).sum())
         self.residual_px += residual_px[found].tolist()
         if not found.any():
-            here = np.repeat(seen.state.point_m[None], self._execute, axis=0)
-            return Plan(point_m=here, gripper_open=np.full(self._execute, np.nan, np.float32), stride=self._stride)
+            return stay(seen.state.point_m, self._execute, self._stride)
         return Plan(point_m=point_m[found], gripper_open=prediction.gripper_open[later][found], stride=self._stride)
 
 

@@ -28,6 +28,7 @@ from mvwan.config import Config, dump_yaml
 from mvwan.data.dataset import WindowDataset, episodes_of
 from mvwan.errors import MvwanError
 from mvwan.evaluate import evaluate_prediction
+from mvwan.evaluation_table import FORMAT_VERSION as EVALUATION_FORMAT
 from mvwan.evaluation_table import read_evaluation
 from mvwan.files import read_json, read_json_lines, write_file, write_json
 from mvwan.latent_cache import build_cache
@@ -96,7 +97,7 @@ def _stages_of(wanted: Reproduction, count: int) -> list[Stage]:
             work = partial(_measure, wanted, run)
             stages.append(
                 Stage(
-                    name=f"Measure predicted paths, {name}",
+                    name=_measuring_of(count, f"switch {label}"),
                     phase="trials",
                     settings={**_measured(wanted), "denoise_steps": wanted.denoise_steps, "seed": wanted.seed},
                     product=run / "evaluation.json",
@@ -136,7 +137,12 @@ def _measured(wanted: Reproduction) -> dict[str, Any]:
         "test_demonstrations": wanted.test_demonstrations,
         "first_layout": TEST_LAYOUTS,
         "windows": _WINDOWS_PER_TASK * len(wanted.names),
+        "format": EVALUATION_FORMAT,
     }
+
+
+def _measuring_of(count: int, measured: str) -> str:
+    return f"Measure predicted paths, {count} demonstrations per task, {measured}"
 
 
 def _training_of(count: int, label: Label) -> str:
@@ -176,7 +182,7 @@ def _baseline_stages(wanted: Reproduction, count: int, folder: Path, of: str) ->
         after=f"Record {of}",
     )
     measure = Stage(
-        name=f"Measure predicted paths, {of}, baseline",
+        name=_measuring_of(count, "baseline"),
         phase="trials",
         settings={**measured, "code": code},
         product=net / "evaluation.json",
@@ -352,23 +358,22 @@ def _steps_of(wanted: Reproduction, stage: str) -> dict[str, float]:
 
 def _paths(wanted: Reproduction, count: int, costs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Column -> `mean`, `median`, `p95` of the 3-D error in mm, its mean in the `last_frame`, and the number of `windows`."""
-    of, folder = f"{count} demonstrations per task", wanted.output / str(count)
-    found: dict[str, dict[str, float]] = {}
-    for label in wanted.switches:
-        if f"Measure predicted paths, {of}, switch {label}" in costs:
-            result = read_evaluation(folder / label / "evaluation.json")
-            for source in ("predicted", "nearest", "hold_first"):
-                if measures := result["measures"].get(source):
-                    error = measures["error_3d_mm"]
-                    numbers = {name: error[name] for name in ("mean", "median", "p95")}
-                    column = f"switch {label}" if source == "predicted" else source.replace("_", " ")
-                    found[column] = {**numbers, "last_frame": error["per_frame"][-1], "windows": result["num_windows"]}
-    if f"Measure predicted paths, {of}, baseline" in costs:
-        result = read_json(folder / "conv" / "evaluation.json")
-        error = result["measures"]["predicted"]["error_3d_mm"]
-        last = result["per_frame_error_3d_mm"]["predicted"][-1]
+    folder, found = wanted.output / str(count), dict[str, dict[str, float]]()
+
+    def add(column: str, result: Mapping[str, Any], source: str, last_frame: float) -> None:
+        error = result["measures"][source]["error_3d_mm"]
         numbers = {name: error[name] for name in ("mean", "median", "p95")}
-        found["conv baseline"] = {**numbers, "last_frame": last, "windows": result["num_windows"]}
+        found[column] = {**numbers, "last_frame": last_frame, "windows": result["num_windows"]}
+
+    for label in wanted.switches:
+        if _measuring_of(count, f"switch {label}") in costs:
+            result = read_evaluation(folder / label / "evaluation.json")
+            columns = {"predicted": f"switch {label}", "nearest": "nearest", "hold_first": "hold first"}
+            for source in (source for source in columns if source in result["measures"]):
+                add(columns[source], result, source, result["measures"][source]["error_3d_mm"]["per_frame"][-1])
+    if _measuring_of(count, "baseline") in costs:
+        result = read_json(folder / "conv" / "evaluation.json")
+        add("conv baseline", result, "predicted", result["per_frame_error_3d_mm"]["predicted"][-1])
     return found
 
 

@@ -119,6 +119,8 @@ class Reproduction:
         for name, least in (("steps", 2), ("trials", 1), ("test_demonstrations", 0), ("baseline_steps", 1), ("processes", 1)):
             if getattr(self, name) < least:
                 raise MvwanError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
+        if self.test_demonstrations > (FIRST_TUNING_LAYOUT - TEST_LAYOUTS) // 4:  # `record` looks at three layouts for each, and ten more
+            raise MvwanError(f"--test-demonstrations {self.test_demonstrations}: at most {(FIRST_TUNING_LAYOUT - TEST_LAYOUTS) // 4}")
         if self.trials > RESERVED_LAYOUTS - FIRST_TUNING_LAYOUT:
             raise MvwanError(f"--trials {self.trials}: at most {RESERVED_LAYOUTS - FIRST_TUNING_LAYOUT}")
         given = flatten(parse_overrides(self.overrides), ".")

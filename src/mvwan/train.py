@@ -164,7 +164,7 @@ def loop(state: State) -> None:
             _prove_if_due(state, info["gradient_norms"])
             if state.step % config.log_every == 0 or state.step == config.steps:
                 _log(state, {"kind": "train", "step": state.step, **info})
-            if not state.stopping:  # who asks for the machine does not wait for long
+            if not state.stopping or state.step == config.steps:  # who asks for the machine does not wait for long
                 _evaluate_if_due(state)
             if state.step % config.save_every == 0 or state.step == config.steps or state.stopping:
                 save(state)

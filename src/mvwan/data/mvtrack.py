@@ -53,11 +53,10 @@ def read_mvtrack(root: str | Path, cameras: Sequence[str] | None = None, left_ou
         if len(found) > 1:
             raise MvwanError(f"scene {scene.name}: its views are in different splits ({', '.join(sorted(found))}). {AGAIN}")
         (split,) = found
-        if split == "unlisted":
+        if split != "test":
             with leaving_out(scene.name, left_out):
-                raise MvwanError(f"scene {scene.name}: is in none of the split files of {root}. List it there, or remove its folder.")
-        if split in ("train", "validation"):
-            with leaving_out(scene.name, left_out):
+                if split not in ("train", "validation"):
+                    raise MvwanError(f"scene {scene.name}: is in none of the split files of {root}. List it there, or remove its folder.")
                 episodes.append(_episode(scene, views, cameras, split if splits else None))
     return episodes
 

@@ -54,6 +54,11 @@ class Plan:
         return self
 
 
+def stay(point_m: np.ndarray, waypoints: int, stride: int) -> Plan:
+    """A plan of so many waypoints at point_m [3], the gripper as it is."""
+    return Plan(point_m=np.repeat(point_m[None], waypoints, axis=0), gripper_open=np.full(waypoints, np.nan, np.float32), stride=stride)
+
+
 class Arm:
     """The arm during one trial: it remembers the grip command from plan to plan and counts control steps.
 
