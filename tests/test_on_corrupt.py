@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mvwan.baselines import NearestDemonstration
@@ -35,8 +36,11 @@ def scenes(tiny_demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def damaged(scenes: Path, tmp_path: Path) -> Path:
-    """Four scenes of nine frames. One has lost its labels; another a picture, frame 6 of the second view, of which no byte is right."""
-    root = Path(shutil.copytree(scenes, tmp_path / "data"))
+    return damage(Path(shutil.copytree(scenes, tmp_path / "data")))
+
+
+def damage(root: Path) -> Path:
+    """Of four scenes of nine frames one has lost its labels, another a picture, frame 6 of the second view: no byte of it is right."""
     (root / "ball3/ball3-1/groundtruth.txt").write_text("not,a,box,\n")
     picture = root / "ball1/ball1-2/img/7.jpg"
     picture.write_bytes(b"\0" * picture.stat().st_size)
@@ -157,7 +161,11 @@ def test_the_nearest_demonstration_is_one_that_can_be_read(damaged: Path) -> Non
     training = windows_of(damaged, validation_share=0.0)
     nearest = NearestDemonstration(training, 1)
     sample = training.sample(training.windows.episode_of.tolist().index(1))  # ball1@0, which can be read
-    assert nearest.answer(sample) is not None
+    answer = nearest.answer(sample)
+    assert answer is not None and answer.rgb is not None
+    assert (answer.rgb[:, 0] == sample.rgb[:, 0]).all() and not np.isfinite(answer.point_m).any(), "labels in pictures only"
+    known = np.isfinite(sample.uv_px[:, :2]).all(axis=(1, 2))
+    assert known.any() and np.isfinite(answer.uv_px[known, 1]).all() and (answer.uv_px[known, 0] == sample.uv_px[known, 0]).all()
     places, thumbnails, _ = nearest._of(sample.instruction)
     assert len(places) == len(thumbnails) == 15
     for index in range(len(training)):
@@ -188,7 +196,8 @@ def test_a_run_goes_without_them_says_so_and_goes_on_alike(damaged: Path, tmp_pa
     page = _left_out([RunRecord(label="off", folder=tmp_path / "whole")])
     assert "1 episodes and 3 windows were damaged and left out" in page and "ball1@3#0" in page
 
-    elsewhere = shutil.copytree(damaged, tmp_path / "elsewhere")
+    others = list(read_lerobot(write_demonstrations(tmp_path / "others", first=10)))
+    elsewhere = damage(write_mvtrack(tmp_path / "elsewhere", others))
     result = evaluate_prediction(tmp_path / "whole", dataset=elsewhere, windows=20, denoise_steps=1, output=tmp_path / "evaluation.json")
     assert (result["num_windows"], result["damaged_windows"], len(result["windows"])) == (12, 3, 12)
     assert "3 windows are damaged and left out" in " ".join(_remarks(result))

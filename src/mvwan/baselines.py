@@ -69,9 +69,9 @@ class NearestDemonstration:
         self._begins: dict[str, tuple[list[int], np.ndarray, np.ndarray]] = {}
 
     def answer(self, sample: Sample) -> Answer | None:
-        """The demonstration's pictures and points after the given frames.
+        """The demonstration's pictures and points after the given frames; None when no demonstration has the instruction.
 
-        None when no demonstration has the instruction, or where its points have no place in space, only in pictures.
+        Where its points have no place in space, only in pictures, the path is moved in each view's picture.
         """
         last = self._last_given
         places, thumbnails, points_m = self._of(sample.instruction)
@@ -81,13 +81,14 @@ class NearestDemonstration:
         by_point = np.linalg.norm(points_m - sample.point_m[last], axis=1)
         alike = np.argsort(_by_mean(by_picture) + _by_mean(by_point), kind="stable").tolist()
         nearest = next(filter(None, (self._training.readable_sample(places[found]) for found in alike)), None)
-        if nearest is None or not np.isfinite(nearest.point_m).any():
+        if nearest is None:
             return None
-        shift_m = sample.point_m[last] - nearest.point_m[last]
-        point_m = nearest.point_m + (shift_m if np.isfinite(shift_m).all() else 0)
-        rgb = nearest.rgb.copy()
-        rgb[:, : last + 1], point_m[: last + 1] = sample.rgb[:, : last + 1], sample.point_m[: last + 1]
-        return Answer(rgb=rgb, point_m=point_m, uv_px=_projected(point_m, sample.cameras))
+        rgb = np.concatenate([sample.rgb[:, : last + 1], nearest.rgb[:, last + 1 :]], axis=1)
+        point_m = _moved(nearest.point_m, sample.point_m, last)
+        if np.isfinite(point_m).any():
+            return Answer(rgb=rgb, point_m=point_m, uv_px=_projected(point_m, sample.cameras))
+        uv_px = np.stack([_moved(path, own, last) for path, own in zip(nearest.uv_px, sample.uv_px, strict=True)])
+        return Answer(rgb=rgb, point_m=point_m, uv_px=uv_px)
 
     def _of(self, instruction: str) -> tuple[list[int], np.ndarray, np.ndarray]:
         """(training windows with that instruction, their thumbnails [N v], their points [N 3]), made when first asked for."""
@@ -100,6 +101,12 @@ class NearestDemonstration:
             points = [windows[place].episode.point_m[windows[place].frames[last]] for place in places]
             self._begins[instruction] = places, np.array(thumbnails), np.array(points)
         return self._begins[instruction]
+
+
+def _moved(path: np.ndarray, own: np.ndarray, last: int) -> np.ndarray:
+    """`own` [F c] up to frame `last`, then `path` [F c] moved to go on from there; as it is where one of the two is not known then."""
+    shift = own[last] - path[last]
+    return np.concatenate([own[: last + 1], path[last + 1 :] + (shift if np.isfinite(shift).all() else 0)])
 
 
 def _by_mean(distance: np.ndarray) -> np.ndarray:
