@@ -80,11 +80,15 @@ def shake(module: HeatmapWanTrainingModule) -> None:
             parameter.data += torch.randn(parameter.shape, generator=generator) * (0.1 + 0.01 * (len(name) % 7))
 
 
-def save(module: HeatmapWanTrainingModule, output: Path, step: int = 4, loss: float | None = None, **more: Any) -> Path:
-    """The new checkpoint folder, with one moment per tensor."""
+def save(
+    module: HeatmapWanTrainingModule, output: Path, step: int = 4, loss: float | None = None, windows: int | None = None, **more: Any
+) -> Path:
+    """The new checkpoint folder, with one moment per tensor; `windows` is what `train.evaluate_windows` was."""
     tensors = module.saved_tensors()
     moments = {f"exp_avg/{name}": torch.full_like(tensor, 0.5) for name, tensor in tensors.items()}
     manifest = manifest_of(module) | {"held_out_loss": loss}
+    if windows is not None:
+        manifest["config"]["train"]["evaluate_windows"] = windows
     return save_checkpoint(output, step, tensors, manifest, moments, {"updates": {"lora": step}}, **more)
 
 

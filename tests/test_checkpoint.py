@@ -131,6 +131,13 @@ def test_the_best_stays_and_is_pointed_to(off: HeatmapWanTrainingModule, tmp_pat
         load_trained(folder / "best")
 
 
+def test_the_best_is_one_of_those_measured_on_the_windows_of_the_last(off: HeatmapWanTrainingModule, tmp_path: Path) -> None:
+    for step, (loss, windows) in {2: (0.1, 16), 4: (0.5, 64), 6: (0.4, 64), 8: (0.4, 64)}.items():
+        save(off, tmp_path, step=step, loss=loss, windows=windows)
+        best = checkpoint.find_checkpoint(tmp_path / "checkpoints" / "best").name
+        assert best == {2: "step-000002", 4: "step-000004", 6: "step-000006", 8: "step-000006"}[step]
+
+
 def test_a_killed_save_never_shows(off: HeatmapWanTrainingModule, tmp_path: Path) -> None:
     first = save(off, tmp_path, step=4)
     code = (
@@ -212,7 +219,11 @@ def test_a_manifest_of_another_format_is_refused(off: HeatmapWanTrainingModule, 
         forge(folder, format_version=1, action_head=head)
         with pytest.raises(MvwanError, match="no usable action_head"):
             load_trained(folder)
-    forge(folder, format_version=1, groups=[])
+    for spoiled in ({"view_names": ["left", 2]}, {"view_names": "left"}, {"fps": 0}, {"fps": "10"}):
+        forge(folder, action_head="none", **({"view_names": [], "fps": 5} | spoiled))
+        with pytest.raises(MvwanError, match=f"no usable {next(iter(spoiled))}"):
+            load_trained(folder)
+    forge(folder, format_version=1, view_names=[], fps=5, groups=[])
     with pytest.raises(MvwanError, match="no usable groups"):
         load_trained(folder)
 

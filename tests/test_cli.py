@@ -47,8 +47,8 @@ INTERFACE = {
     "cache": ["--output", *SETTINGS, "--workers"],
     "train": ["--output", *SETTINGS, *SWITCH, "--resume", "--accept-trainable-change", "--dry-run"],
     "sample": [
-        *("run", "--output", "--dataset", "--window", "--image", "--cameras", "--prompt", "--point", "--gripper-open", "--fps"),
-        *("--denoise-steps", "--seed", "--attention", "--heat-from", "--context-parallel"),
+        *("run", "--output", "--dataset", "--window", "--image", "--cameras", "--prompt", "--point", "--point-px", "--gripper-open"),
+        *("--fps", "--denoise-steps", "--seed", "--attention", "--heat-from", "--context-parallel"),
     ],
     "evaluate": [
         *("run", "--dataset", "--windows", "--denoise-steps", "--heat-from", "--seed", "--output", "--cameras", "--trials", "--task"),
@@ -298,6 +298,18 @@ def test_dry_run_says_how_the_checkpoint_to_start_from_fits(tmp_path: Path) -> N
     accepted = run(*command, "--unfreeze_modulation_and_norms", "--accept-trainable-change")
     assert "trained_frozen.safetensors: older\nmodulation: 2 tensors not in the checkpoint, they keep the base's values" in accepted.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_of_a_resumed_run_finds_what_the_run_would(debug_run: Path) -> None:
+    own = ["--config", str(debug_run / "config.yaml"), "--output", str(debug_run), "--dry-run"]
+    steps = yaml.safe_load((debug_run / "config.yaml").read_text())["train"]["steps"]
+    refused = run("train", *own)
+    assert (refused.exit_code, is_one_sentence(refused.stderr)) == (2, True) and "Use --resume to go on with it" in refused.stderr
+    done = run("train", *own, "--resume", "--set", f"train.steps={steps + 5}")
+    assert f"step-{steps:06d}: exact" in done.stdout, done.stderr
+    assert f"training: at step {steps}, from {debug_run / 'checkpoints'}/step-{steps:06d}, to step {steps + 5}" in done.stdout
+    other = run("train", *own, "--resume", "--set", f"train.steps={steps + 5}", "--set", "seed=7")
+    assert (other.exit_code, is_one_sentence(other.stderr)) == (2, True) and "seed: 0 in the checkpoint, 7 now" in other.stderr
 
 
 def test_settings_lie_over_the_file_over_the_preset(tmp_path: Path) -> None:

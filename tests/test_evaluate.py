@@ -22,6 +22,7 @@ from mvwan.evaluate import (
     held_out_windows,
     load_prediction,
     measure_window,
+    predict_sample,
     sample_window,
 )
 from mvwan.evaluation_table import read_evaluation, render
@@ -201,6 +202,17 @@ def test_another_data_set_is_seen_in_the_views_of_the_run(run: LoadedRun, tmp_pa
     others = write_demonstrations(tmp_path / "others", first=50, reverse_views=True)
     windows = held_out_windows(run, others)
     assert [camera.name for camera in windows.cameras(0)] == ["left", "right", "front"]
+    gone = dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, root=str(tmp_path / "gone")))
+    windows = held_out_windows(dataclasses.replace(run, config=gone), others)
+    assert [camera.name for camera in windows.cameras(0)] == ["left", "right", "front"], "the checkpoint says so"
+
+
+def test_views_in_another_order_than_in_training_are_refused(run: LoadedRun, sample: Sample) -> None:
+    assert run.view_names == ("left", "right", "front") and run.fps == 5, "every other of 10 frames"
+    with pytest.raises(MvwanError, match="views front, right, left: the run was trained on left, right, front, and tells views apart by"):
+        predict_sample(run, dataclasses.replace(sample, rgb=sample.rgb[::-1], cameras=sample.cameras[::-1]), 1)
+    named = [dataclasses.replace(camera, name=f"own_{camera.name}") for camera in sample.cameras[::-1]]
+    assert len(predict_sample(run, dataclasses.replace(sample, cameras=tuple(named)), 1).cameras) == 3, "of others nothing is known"
 
 
 def test_no_held_out_windows_is_an_error(run: LoadedRun) -> None:

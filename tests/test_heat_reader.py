@@ -100,6 +100,21 @@ def test_frames_that_do_not_show_the_point_throughout_are_not_fitted_to(encoded:
         fit_heat_reader([nothing], SIGMA_PX)
 
 
+@pytest.mark.parametrize("views", [2, 4, 8])
+def test_its_quality_is_that_of_all_views(encoded: Clips, views: int) -> None:
+    """Of every view of its windows one in eight is kept out; also where the first never shows the point, there is something to say."""
+    blind = encoded.visible.copy()
+    blind[::views] = False
+    windows = [
+        Clips(
+            latents=encoded.latents[first : first + views], uv_px=encoded.uv_px[first : first + views], visible=blind[first : first + views]
+        )
+        for first in range(0, 96, views)
+    ]
+    quality = fit_heat_reader(windows, SIGMA_PX)[1]
+    assert quality.clips == {2: 6, 4: 9, 8: 10}[views] and "poor" not in str(quality)
+
+
 def test_says_when_latents_hold_no_heat(encoded: Clips) -> None:
     noise = Clips(latents=torch.randn_like(encoded.latents), uv_px=encoded.uv_px, visible=encoded.visible)
     assert "poor" in str(fit_heat_reader([noise], SIGMA_PX)[1])

@@ -105,14 +105,18 @@ def test_pictures_of_ones_own_give_what_their_window_gives(debug_run: Path, wind
     (tmp_path / "cameras.json").write_text(json.dumps([camera.to_dict() for camera in window.cameras]))
     own = [word for path in paths for word in ("--image", str(path))]
     own += ["--cameras", str(tmp_path / "cameras.json"), "--prompt", window.instruction]
-    own += ["--point", ",".join(str(value) for value in window.point_m[0]), "--gripper-open", "1"]
+    own += ["--gripper-open", "1"]
+    told = ["--point", ",".join(str(value) for value in window.point_m[0])]
     outputs = {}
-    for name, words in (("own", own), ("window", [])):
+    in_pictures = [word for u, v in window.uv_px[:, 0] for word in ("--point-px", f"{u},{v}")]
+    for name, words in (("own", [*own, *told]), ("own_px", [*own, *in_pictures]), ("window", [])):
         command = [sys.executable, "-m", "mvwan", "sample", str(debug_run), "--denoise-steps", "1", "--output", str(tmp_path / name)]
         said = subprocess.run([*command, *words], capture_output=True, text=True, check=True).stdout
         assert str(tmp_path / name / "sheet.png") in said
         outputs[name] = json.loads((tmp_path / name / "trajectory.json").read_text())
     assert outputs["own"]["frames"] == outputs["window"]["frames"]
+    for name, view in outputs["own_px"]["frames"][0]["views"].items():
+        assert view["uv_px"] == pytest.approx(outputs["window"]["frames"][0]["views"][name]["uv_px"], abs=0.01)
     # A trajectory.json gives its cameras to the next prediction.
     assert [camera.name for camera in read_cameras(tmp_path / "own" / "trajectory.json")] == ["left", "right", "front"]
 
@@ -133,6 +137,18 @@ def test_pictures_of_other_sizes_are_resized_with_their_cameras(prediction, tmp_
     rows, columns = np.mgrid[:64, :64] + 0.5
     found = np.stack([(weight * columns).sum((1, 2)), (weight * rows).sum((1, 2))], axis=-1) / weight.sum((1, 2))[:, None]
     assert found == pytest.approx(np.stack([camera.project(point_m)[0] for camera in cameras]), abs=0.3)
+
+
+def test_places_in_pictures_are_resized_with_them(debug_run: Path, prediction, tmp_path: Path) -> None:
+    """Twice as wide and high as the run's; one view does not show the point."""
+    recorded_by = [camera.resized(128, 128) for camera in prediction.cameras]
+    (tmp_path / "cameras.json").write_text(json.dumps([camera.to_dict() for camera in recorded_by]))
+    Image.new("RGB", (128, 128)).save(tmp_path / "a.png")
+    own = {"point_px": [[40.0, 60.0], None, [100.0, 20.0]], "fps": 5.0, "denoise_steps": 1}
+    sample_pictures(debug_run, tmp_path / "out", [tmp_path / "a.png"] * 3, tmp_path / "cameras.json", "go", **own)
+    first = json.loads((tmp_path / "out" / "trajectory.json").read_text())["frames"][0]["views"]
+    assert first["right"]["uv_px"] is None
+    assert first["left"]["uv_px"] == pytest.approx([20, 30], abs=0.1) and first["front"]["uv_px"] == pytest.approx([50, 10], abs=0.1)
 
 
 def test_what_is_in_the_way_is_said_before_anything_is_loaded(prediction, tmp_path: Path) -> None:
@@ -170,15 +186,24 @@ def test_pictures_and_cameras_that_do_not_fit_are_refused(debug_run: Path, predi
     with pytest.raises(MvwanError, match=r"half\.json: camera left: missing fields"):
         read_cameras(tmp_path / "half.json")
     (tmp_path / "two.json").write_text(json.dumps([camera.to_dict() for camera in prediction.cameras[:2]]))
+    three = tmp_path / "three.json"
+    three.write_text(json.dumps([camera.to_dict() for camera in prediction.cameras]))
     for images, prompt, message in ((2, "go", "2 cameras; the run was trained on 3 views"), (2, " ", "--prompt is empty")):
         with pytest.raises(MvwanError, match=message):
             sample_pictures(debug_run, tmp_path / "out", [tmp_path / "a.png"] * images, tmp_path / "two.json", prompt)
+    with pytest.raises(MvwanError, match="--point-px is given 2 times for 3 pictures"):
+        sample_pictures(debug_run, tmp_path / "out", [tmp_path / "a.png"] * 3, three, "go", point_px=[None, [1, 2]])
+    its = ["--image", "a.png", "--cameras", "c.json", "--prompt", "go"]
     for words, message in (
         (["--image", str(tmp_path / "a.png")], "need --cameras and --prompt"),
         (["--prompt", "go"], "give them with --image"),
         (["--fps", "5"], "--fps belongs to pictures of your own"),
         (["--image", str(tmp_path / "a.png"), "--window", "3"], "leave them out beside --image"),
-        (["--image", "a.png", "--cameras", "c.json", "--prompt", "go", "--point", "1,2"], "three numbers in metres"),
+        (["--point-px", "3,4"], "--point-px belongs to pictures of your own"),
+        ([*its, "--point", "1,2"], "three numbers in metres"),
+        ([*its, "--point-px", "1,2,3"], "two numbers in pixels"),
+        ([*its, "--point-px", "1,nan"], "two numbers in pixels"),
+        ([*its, "--point-px", "1,2", "--point", "1,2,3"], "give one of them"),
     ):
         command = [sys.executable, "-m", "mvwan", "sample", str(debug_run), "--output", str(tmp_path / "out"), *words]
         run = subprocess.run(command, capture_output=True, text=True, check=False)

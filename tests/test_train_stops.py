@@ -98,6 +98,24 @@ def test_sigterm_ends_the_command_with_code_75(golden_run: dict[str, Any], tmp_p
     assert len(list_checkpoints(tmp_path / "run")) == 1
 
 
+def test_a_second_training_in_the_folder_is_refused_while_the_first_is_there(golden_run: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of(golden_run, ENDLESS)
+    (tmp_path / "settings.yaml").write_text(dump_yaml(config))
+    command = [sys.executable, "-m", "mvwan", "train", "--config", "settings.yaml", "--output", "run"]
+    first = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        after_two_steps(tmp_path / "run", lambda: None).join(timeout=120)
+        with pytest.raises(MvwanError, match=r"run/checkpoints: another command is at work in it"):
+            train(config, tmp_path / "run", resume=True)
+    finally:
+        first.terminate()
+    assert first.wait(timeout=60) == 75
+    (stopped,) = list_checkpoints(tmp_path / "run")
+    step = int(stopped.name.removeprefix("step-"))
+    assert step == train_lines(tmp_path / "run")
+    assert train(config_of(config.to_dict(), {"train": {"steps": step + 1}}), tmp_path / "run", resume=True).step == step + 1
+
+
 # ── the disk ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 # In a mount namespace of its own, on a small file system: two steps, then no space is left; then space, but read-only.

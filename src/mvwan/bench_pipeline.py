@@ -142,7 +142,7 @@ def _windows(config: Config, windows: WindowDataset, folder: Path, repeats: int,
 
 def _checkpoints(config: Config, windows: WindowDataset, folder: Path, repeats: int) -> Rows:
     module = HeatmapWanTrainingModule(config=config, print_banners=False)
-    manifest = run_manifest(config, 1, "one process", windows.fingerprint) | {"groups": module.saved_groups()}
+    manifest = run_manifest(config, 1, "one process", windows) | {"groups": module.saved_groups()}
     optimizer = make_optimizer(module, config.train)
     for group in optimizer.param_groups:
         for parameter in group["params"]:

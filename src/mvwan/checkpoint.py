@@ -25,6 +25,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ from mvwan.files import (
     COMMIT_MARK,
     is_committed,
     mark_committed,
+    only_worker,
     read_json,
     read_text,
     remove_directory,
@@ -73,6 +75,11 @@ class Trained(NamedTuple):
 
 
 # ── save ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def only_writer(output: str | Path) -> AbstractContextManager[None]:
+    """Keeps other trainings out of `output` while its block lasts: they would clear each other's half-written checkpoints."""
+    return only_worker(Path(output) / "checkpoints", wait=False)
 
 
 def save_checkpoint(
@@ -160,16 +167,23 @@ def tidy(output: str | Path, keep_last: int = 0, keep_best: bool = False) -> Non
 
 
 def _best(folders: Iterable[Path]) -> Path | None:
-    """The folder with the lowest held-out loss, None when none was measured. A damaged one cannot be the best."""
+    """The folder with the lowest held-out loss on as many windows as the last one's, the first of several; None when none was measured.
+
+    A damaged one cannot be the best. A resumed run may measure on other windows than before, whose losses say nothing about these.
+    """
     losses: dict[Path, float] = {}
+    num_windows: dict[Path, int | None] = {}
     for path in folders:
         try:
-            loss = read_manifest(path).get("held_out_loss")
+            manifest = read_manifest(path)
         except MvwanError:
             continue
+        loss = manifest.get("held_out_loss")
         if isinstance(loss, int | float):
             losses[path] = loss
-    return min(losses, key=lambda path: losses[path], default=None)
+            num_windows[path] = manifest["config"].get("train", {}).get("evaluate_windows")
+    alike = [path for path in losses if num_windows[path] == list(num_windows.values())[-1]]
+    return min(alike, key=lambda path: losses[path], default=None)
 
 
 def _is_installed(name: str) -> bool:
@@ -273,8 +287,11 @@ def _unusable(manifest: Mapping[str, Any]) -> list[str]:
     if wrong:
         return wrong
     rank, alpha = manifest["lora"].get("rank"), manifest["lora"].get("alpha")
+    names, fps = manifest.get("view_names", []), manifest.get("fps", 1)
     usable = {
         "views": manifest["views"] >= 1,
+        "view_names": isinstance(names, list) and all(isinstance(name, str) for name in names),
+        "fps": isinstance(fps, int | float) and 0 < fps < math.inf,
         "fusion": manifest["fusion"] in ("channel", "view"),
         "action_head": manifest.get("action_head", "none") in tuple(ACTION_HEADS),
         "view_code": manifest.get("view_code", "slot") in ("slot", "camera", "both"),

@@ -200,14 +200,15 @@ def train(
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print settings, parameter table and number of windows; train nothing.")
+        bool,
+        typer.Option("--dry-run", help="Check all that can be checked; print settings, parameter table and windows; train nothing."),
     ] = False,
 ) -> None:
     """Fine-tune on demonstrations."""
     config, said = resolve_config(preset_name, config_file, settings, unfreeze_modulation_and_norms, os.environ)
     note(said)
     if dry_run:
-        _dry_run(config, accept_trainable_change)
+        _dry_run(config, output, resume, accept_trainable_change)
         return
     from mvwan.train import train as run_training
 
@@ -215,21 +216,27 @@ def train(
     typer.echo(f"checkpoint: {result.checkpoint}")
 
 
-def _dry_run(config: Config, accept_trainable_change: bool) -> None:
+def _dry_run(config: Config, output: Path, resume: bool, accept_trainable_change: bool) -> None:
     """Prints what `train` would do: settings as YAML, what trains, how the checkpoint to start from fits, how many windows."""
-    from mvwan.train_check import check_groups, check_start, check_windows
+    from mvwan.train_check import check_groups, check_resumed, check_start, check_windows, checkpoint_to_resume
 
+    found = checkpoint_to_resume(output, resume)
     typer.echo(dump_yaml(config))
     table, counts = check_groups(config), "unknown, data.root is not set"
+    begins = "at step 0"
     if config.data.root:
-        found = check_windows(config)
-        _note_left_out(found.episodes)
-        counts = f"{len(found.training)} train, {len(found.validation)} validation"
+        windows = check_windows(config)
+        _note_left_out(windows.episodes)
+        counts = f"{len(windows.training)} train, {len(windows.validation)} validation"
+        if found is not None:
+            begins = f"at step {check_resumed(config, found, windows.training, accept_trainable_change)}, from {found}"
+    elif found is not None:
+        raise MvwanError(f"{output}: a run goes on with its data. Set data.root.")
     console().print(table.render())
-    fit = check_start(config, accept_trainable_change)
+    fit = check_start(config, found, accept_trainable_change)
     if fit is not None:
-        typer.echo("\n".join([f"checkpoint {config.train.from_checkpoint}: {fit.outcome}", *fit.describe()]))
-    typer.echo(f"windows: {counts}")
+        typer.echo("\n".join([f"checkpoint {found or config.train.from_checkpoint}: {fit.outcome}", *fit.describe()]))
+    typer.echo(f"windows: {counts}\ntraining: {begins}, to step {config.train.steps}")
 
 
 def _datasets(config: Config) -> dict[str, Any]:
@@ -266,6 +273,15 @@ def sample(
     point: Annotated[
         str | None, typer.Option("--point", metavar="X,Y,Z", help="Where the tool point is now, metres, for --image.", show_default=False)
     ] = None,
+    point_px: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--point-px",
+            metavar="U,V",
+            help="Instead: where each picture shows the tracked point, from its top left, or none; as often as --image, in its order.",
+            show_default=False,
+        ),
+    ] = None,
     gripper_open: Annotated[
         float | None, typer.Option("--gripper-open", min=0, max=1, help="How far the gripper is open now, for --image.", show_default=False)
     ] = None,
@@ -292,6 +308,7 @@ def sample(
 
         steps["split"], steps["device"] = join_for_prediction()
     own = {"--cameras": cameras, "--prompt": prompt, "--point": point, "--gripper-open": gripper_open, "--fps": fps}
+    own["--point-px"] = point_px or None
     if not image:
         if given := [name for name, value in own.items() if value is not None]:
             raise MvwanError(f"{given[0]} belongs to pictures of your own: give them with --image")
@@ -302,25 +319,44 @@ def sample(
         raise MvwanError("--dataset and --window choose a held-out window: leave them out beside --image")
     elif cameras is None or prompt is None:
         raise MvwanError("--image: pictures of your own need --cameras and --prompt as well")
+    elif point is not None and point_px:
+        raise MvwanError("--point and --point-px both say where the point is: give one of them")
     else:
-        point_m = None if point is None else _point(point)
-        note("" if point_m is not None else "no --point: the run is not told where the tool point is now, and may then lose it")
+        place: dict[str, Any] = {"point_m": None if point is None else _point(point)}
+        place["point_px"] = [_pixel(text) for text in point_px] if point_px else None
+        note(
+            "" if point or point_px else "neither --point nor --point-px: the run is not told where the point is now, and may then lose it"
+        )
         from mvwan.evaluate import sample_pictures
 
-        written = sample_pictures(run, output, image, cameras, prompt, point_m=point_m, gripper_open=gripper_open, fps=fps, **steps)
+        written = sample_pictures(run, output, image, cameras, prompt, gripper_open=gripper_open, fps=fps, **place, **steps)
     for path in written:
         typer.echo(path)
 
 
 def _point(text: str) -> list[float]:
     """Three metres out of `x,y,z`, or `MvwanError`."""
-    try:
-        point_m = [float(part) for part in text.split(",")]
-    except ValueError:
-        point_m = []
-    if len(point_m) != 3 or not all(math.isfinite(value) for value in point_m):
+    if len(point_m := _numbers(text)) != 3:
         raise MvwanError(f"--point {text!r}: three numbers in metres are needed, for example 0,0.6,0.2")
     return point_m
+
+
+def _pixel(text: str) -> list[float] | None:
+    """Two pixels out of `u,v`, None of `none`, or `MvwanError`."""
+    if text == "none":
+        return None
+    if len(uv_px := _numbers(text)) != 2:
+        raise MvwanError(f"--point-px {text!r}: two numbers in pixels of that picture are needed, for example 120,80, or none")
+    return uv_px
+
+
+def _numbers(text: str) -> list[float]:
+    """The finite numbers between the commas, none where something else is there."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        return []
+    return numbers if all(map(math.isfinite, numbers)) else []
 
 
 @app.command(epilog="Example: mvwan evaluate runs/first --windows 16 --trials 10")

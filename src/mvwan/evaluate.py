@@ -20,6 +20,7 @@ from rich.progress import track
 from mvwan import baselines, heatmaps, metrics
 from mvwan.baselines import Answer, NearestDemonstration
 from mvwan.batch import Episode, Prediction, Sample
+from mvwan.cameras import Camera
 from mvwan.config import Attention, DataConfig
 from mvwan.data.dataset import Window, WindowDataset, episodes_of, heat_video, kept_out, roots_of
 from mvwan.data.windows import spread
@@ -66,7 +67,7 @@ def held_out_windows(run: LoadedRun, dataset: str | Path | None = None) -> Windo
     episodes = episodes_of(data, dataset)
     is_own = dataset is None or [Path(dataset).resolve()] == [Path(root).resolve() for root in roots_of(data.root)]
     if not is_own:
-        data = all_held_out(data, run.config.seed, str(dataset), episodes)
+        data = all_held_out(data, run.config.seed, str(dataset), episodes, run.view_names)
     windows = WindowDataset(episodes, data, run.config.model.views, "validation", run.config.seed)
     if not len(windows):
         raise MvwanError(
@@ -75,26 +76,27 @@ def held_out_windows(run: LoadedRun, dataset: str | Path | None = None) -> Windo
     return windows
 
 
-def all_held_out(data: DataConfig, seed: int, dataset: str, episodes: Sequence[Episode]) -> DataConfig:
+def all_held_out(
+    data: DataConfig, seed: int, dataset: str, episodes: Sequence[Episode], view_names: Sequence[str] | None = None
+) -> DataConfig:
     """`data`, the settings of a training with `seed`, but for another data set, all of whose `episodes` are held out.
 
-    Its views come in the order of the demonstrations that were trained on. Raises `MvwanError` when some of `episodes` are among those;
-    where they are gone, nobody can tell.
+    Its views come in the order of the demonstrations that were trained on, or of `view_names` where those are gone. Raises `MvwanError`
+    when some of `episodes` are among those; where they are gone, nobody can tell.
     """
+    if all(Path(root).is_dir() for root in roots_of(data.root)):
+        own = episodes_of(data)
+        kept = kept_out(own, seed, data.validation_share)
+        trained = {episode.demonstrated for episode in own if episode.name not in kept}
+        if twice := sum(episode.demonstrated in trained for episode in episodes):
+            raise MvwanError(
+                f"{dataset}: the run was trained on {twice} of its {len(episodes)} demonstrations. Leave --dataset out to measure on "
+                "those that the run held out, or record others with another --seed."
+            )
+        view_names = [camera.name for camera in own[0].cameras]
     whole = replace(data, validation_share=1.0)
-    if not all(Path(root).is_dir() for root in roots_of(data.root)):
-        return whole
-    own = episodes_of(data)
-    kept = kept_out(own, seed, data.validation_share)
-    trained = {episode.demonstrated for episode in own if episode.name not in kept}
-    if twice := sum(episode.demonstrated in trained for episode in episodes):
-        raise MvwanError(
-            f"{dataset}: the run was trained on {twice} of its {len(episodes)} demonstrations. Leave --dataset out to measure on those "
-            "that the run held out, or record others with another --seed."
-        )
-    names = [camera.name for camera in own[0].cameras]
-    is_same_rig = sorted(names) == sorted(camera.name for camera in episodes[0].cameras)
-    return replace(whole, cameras=tuple(names)) if data.cameras is None and is_same_rig else whole
+    is_same_rig = view_names is not None and sorted(view_names) == sorted(camera.name for camera in episodes[0].cameras)
+    return replace(whole, cameras=tuple(view_names or ())) if data.cameras is None and is_same_rig else whole
 
 
 def predict_sample(run: LoadedRun, sample: Sample, denoise_steps: int = 5, seed: int = 0) -> Prediction:
@@ -385,6 +387,7 @@ def sample_pictures(
     prompt: str,
     *,
     point_m: Sequence[float] | None = None,
+    point_px: Sequence[Sequence[float] | None] | None = None,
     gripper_open: float | None = None,
     fps: float | None = None,
     denoise_steps: int = 5,
@@ -396,9 +399,10 @@ def sample_pictures(
 ) -> list[Path]:
     """The files written to the new folder `output`: what happens after the picture files `images`, one per camera of the JSON file.
 
-    Pictures of any size, each that of its camera; both are brought to the run's size, as demonstrations are in training.
+    Pictures of any size, each that of its camera; both are brought to the run's size, as demonstrations are in training. Where the
+    tracked point is now is known in metres (`point_m`), or in each of the pictures (`point_px`, None where one does not show it).
     `fps`: predicted frames per second, which times are counted by; None: as in the demonstrations that the run was trained on, which
-    then must be there. `split` as in `sample_window`.
+    must be there where its checkpoint does not say. `split` as in `sample_window`.
     """
     if not prompt.strip():
         raise MvwanError("--prompt is empty. Say what the robot shall do.")
@@ -412,8 +416,10 @@ def sample_pictures(
         )
     if (given := metrics.num_given_frames(loaded.config.train.condition_frames)) != 1:
         raise MvwanError(f"--image gives one picture per view, this run needs {given}. Call mvwan.predict with images [V {given} H W 3].")
+    if point_px is not None and len(point_px) != len(images):
+        raise MvwanError(f"--point-px is given {len(point_px)} times for {len(images)} pictures. Give one place per picture, or none.")
     pictures, seen_by = read_pictures(images, recorded_by, data.height_px, data.width_px)
-    if fps is None:
+    if (fps := fps or loaded.fps) is None:
         if gone := [root for root in roots_of(data.root) if not Path(root).is_dir()]:
             raise MvwanError(f"{gone[0]}: the run's demonstrations are gone, so its frame rate is not known. Give --fps.")
         fps = episodes_of(data)[0].fps / data.frame_interval
@@ -425,6 +431,13 @@ def sample_pictures(
         steps=denoise_steps,
         seed=seed,
         point_m=None if point_m is None else np.array(point_m, np.float64),
+        point_px=None if point_px is None else np.array([_resized(*view) for view in zip(point_px, recorded_by, seen_by, strict=True)]),
         gripper_open=gripper_open,
     )
     return write_prediction(prediction, output, fps) if split is None or split.rank == 0 else []
+
+
+def _resized(uv_px: Sequence[float] | None, old: Camera, new: Camera) -> np.ndarray:
+    """[2] the place in the picture of the camera `new`, which is that of `old` in another size; NaN for None."""
+    scale = np.array([new.width_px / old.width_px, new.height_px / old.height_px])
+    return np.full(2, np.nan) if uv_px is None else np.array(uv_px, np.float64) * scale

@@ -82,13 +82,19 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def only_worker(folder: Path, *, wait: bool) -> Iterator[None]:
-    """While the block lasts nobody else is in such a block for `folder`; with `wait` after whoever is there now, else `MvwanError`."""
+    """While the block lasts nobody else is in such a block for `folder`; with `wait` after whoever is there now, else `MvwanError`.
+
+    Where the file system knows no locks, as on some clusters, everybody is let in.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w", encoding="ascii") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise MvwanError(f"{folder}: another command is at work in it. Wait for it, or work in another folder.") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
         yield
 
 

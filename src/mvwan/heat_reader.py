@@ -119,14 +119,13 @@ def fit_heat_reader(batches: Iterable[Clips], sigma_px: float) -> tuple[HeatRead
     sigma_px = max(sigma_px, _NARROWEST_CELLS * _CELL_PX)
     gram: torch.Tensor = torch.zeros(())
     product: torch.Tensor = torch.zeros(())
-    total, kept_out, seen = 0, [], 0
-    for clips in batches:
+    total, kept_out = 0, []
+    for place, clips in enumerate(batches):
         for number in range(len(clips.latents)):
-            seen += 1
             latents, uv_px = _usable(clips, number)
             if not len(latents):
                 continue
-            if seen % _CHECKED_EVERY == 1:
+            if (place + number) % _CHECKED_EVERY == 0:  # where a batch is a window, of each of its views in turn
                 kept_out.append((latents, uv_px))
                 continue
             seen_by, wanted = _patches(latents), _outputs(uv_px, latents.shape[-2:], sigma_px)

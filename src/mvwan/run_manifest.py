@@ -4,18 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from mvwan.config import Config
+from mvwan.data.dataset import WindowDataset
 from mvwan.model.latents import codec_digest
 from mvwan.model.wan import base_digest
 from mvwan.training_module import HeatmapWanTrainingModule
 
 
-def run_manifest(config: Config, num_processes: int, strategy: str, fingerprint: str) -> dict[str, Any]:
-    """What the run is and all of its settings; of the data it is the content that counts, not where it lies."""
+def run_manifest(config: Config, num_processes: int, strategy: str, training: WindowDataset) -> dict[str, Any]:
+    """What the run on the windows `training` is and all of its settings; of the data its content counts, not where it lies."""
     base, lora = config.base, config.trainable.lora
     return {
         "base": {"id": base.source, "digest": base_digest(base.source, base.random_weights, config.seed)},
         "codec": codec_digest(config.base.codec or config.base.source, config.data.text_tokens),
         "views": config.model.views,
+        "view_names": list(training.view_names),
+        "fps": training.windows[0].episode.fps / config.data.frame_interval,
         "fusion": config.model.fusion,
         "heads": ["rgb", "heatmap"],
         "action_head": config.model.action_head,
@@ -25,7 +28,7 @@ def run_manifest(config: Config, num_processes: int, strategy: str, fingerprint:
         "seed": config.seed,
         "items_per_step": config.train.batch_size * config.train.gradient_accumulation * num_processes,
         "strategy": strategy,
-        "data": {"root": config.data.root, "fingerprint": fingerprint},
+        "data": {"root": config.data.root, "fingerprint": training.fingerprint},
         "trainable_changes": [],
         "config": config.to_dict(),
     }

@@ -47,6 +47,10 @@ class LoadedRun:
     step: int
     reader: HeatReader | None = None
     """Reads heat from latents in place of the VAE; None: the VAE decodes it."""
+    view_names: tuple[str, ...] | None = None
+    """Names of the cameras of training, in order; None where its checkpoint does not say."""
+    fps: float | None = None
+    """Frames per second of a window; None where its checkpoint does not say."""
 
 
 def load_run(
@@ -98,7 +102,17 @@ def load_run(
     codec.vae.to(device)
     found = None if heat_from == "vae" else read_heat_reader(folder)
     reader = None if found is None else HeatReader(**found).to(device)
-    return LoadedRun(model=model, codec=codec, config=config, checkpoint=folder, step=manifest["step"], reader=reader)
+    names = manifest.get("view_names")
+    return LoadedRun(
+        model=model,
+        codec=codec,
+        config=config,
+        checkpoint=folder,
+        step=manifest["step"],
+        reader=reader,
+        view_names=None if names is None else tuple(names),
+        fps=manifest.get("fps"),
+    )
 
 
 def predict(
@@ -146,6 +160,8 @@ def predict(
             f"{len(given)} views; the run was trained on {config.model.views}, told apart by their order. Give as many, in its order; only "
             "a run with model.view_code=camera takes others."
         )
+    if model.view_code != "camera" and isinstance(run, LoadedRun):
+        _check_order([camera.name for camera in cameras], run.view_names)
     uv_px, visible = _where_it_is(given, cameras, point_m, point_px)
     heat = heatmaps.render(uv_px, visible, given.shape[2], given.shape[3], config.data.heatmap_sigma_px)
     # RGB and heat go through the codec as one batch of 2V videos; the network wants them side by side on channels.
@@ -246,6 +262,14 @@ def _check_size(images: np.ndarray, config: Config) -> None:
         raise MvwanError(
             f"images are {size[0]}x{size[1]} px, the run was trained on {trained[0]}x{trained[1]}; resize pictures and cameras together "
             "(mvwan.data.transforms)"
+        )
+
+
+def _check_order(names: Sequence[str], trained: Sequence[str] | None) -> None:
+    if trained is not None and sorted(names) == sorted(trained) and list(names) != list(trained):
+        raise MvwanError(
+            f"views {', '.join(names)}: the run was trained on {', '.join(trained)}, and tells views apart by their order. Give pictures "
+            "and cameras in that one."
         )
 
 

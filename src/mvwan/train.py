@@ -19,6 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ from mvwan.precision import in_words, settle
 from mvwan.run_manifest import run_manifest, trainable_changes
 from mvwan.signals import on_sigterm
 from mvwan.strategy import forget_settings, make_accelerator, prepare, strategy_name
+from mvwan.train_check import checkpoint_to_resume
 from mvwan.training_module import HeatmapWanTrainingModule
 
 HELD_OUT_STEP = -1
@@ -129,17 +131,16 @@ def train(config: Config, output: str | Path, resume: bool = False, accept_train
 
 
 def _train(config: Config, output: Path, resume: bool, accept_trainable_change: bool) -> TrainResult:
-    found = checkpoint.latest_checkpoint(output)
-    if found is not None and not resume:
-        raise MvwanError(f"{output}: holds a run at {found.name}. Use --resume to go on with it, or another output folder.")
+    found = checkpoint_to_resume(output, resume)
     config = settle(config, saved=checkpoint.read_manifest(found)["config"] if found else None)
     accelerator = make_accelerator(config, output)
     try:
-        state = _build(config, output, accelerator, found, accept_trainable_change)
-        with on_sigterm(state.ask_to_stop):
-            loop(state)
-        accelerator.wait_for_everyone()
-        return _result(state)
+        with ExitStack() as held:
+            state = _build(config, output, accelerator, found, accept_trainable_change, held)
+            with on_sigterm(state.ask_to_stop):
+                loop(state)
+            accelerator.wait_for_everyone()
+            return _result(state)
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
@@ -356,14 +357,16 @@ def _loss_names(config: Config) -> tuple[str, ...]:
 # ── build ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _build(config: Config, output: Path, accelerator: Accelerator, found: Path | None, accept_trainable_change: bool) -> State:
-    """The state before the first step of this process. Every check comes before the first byte is written."""
+def _build(
+    config: Config, output: Path, accelerator: Accelerator, found: Path | None, accept_trainable_change: bool, held: ExitStack
+) -> State:
+    """The state before the first step. Every check comes before the first byte is written. Until `held` is closed `output` is its own."""
     episodes = episodes_of(config.data)
     training, held_out = (WindowDataset(episodes, config.data, config.model.views, split, config.seed) for split in ("train", "validation"))
     training.check_actions(config.model.action_head)
     training.check_calibrated(config.model.view_code)
     HeatmapWanTrainingModule(config=config, device="meta", print_banners=False)  # do the groups fit the base?
-    manifest = run_manifest(config, accelerator.num_processes, strategy_name(accelerator), training.fingerprint)
+    manifest = run_manifest(config, accelerator.num_processes, strategy_name(accelerator), training)
     step = 0
     if found is not None:
         saved = checkpoint.read_manifest(found)
@@ -381,6 +384,8 @@ def _build(config: Config, output: Path, accelerator: Accelerator, found: Path |
     if found is not None:
         check_skipped(checkpoint.read_manifest(found), manifest, found)
 
+    if accelerator.is_main_process:
+        held.enter_context(checkpoint.only_writer(output))
     reader = _reader(config, caches[0], accelerator, found)
     own = HeatmapWanTrainingModule(config=config, print_banners=accelerator.is_main_process, reader=reader, **start)
     manifest["trainable_changes"] += trainable_changes(own, start["checkpoint"], step)

@@ -1,17 +1,22 @@
-"""What a training would find wrong with its settings, data and starting checkpoint, found without training: nothing is written.
+"""What a training would find wrong with its settings, data, output folder and checkpoint, found without training: nothing is written.
 
 Shared by `mvwan train --dry-run` and by whatever checks many trainings before the first one starts. Knows no loop.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from mvwan.compatibility import Compatibility
+from mvwan import checkpoint
+from mvwan.compatibility import Compatibility, check_resume
 from mvwan.config import Config
 from mvwan.data.dataset import Episodes, WindowDataset, episodes_of
+from mvwan.errors import MvwanError
 from mvwan.model import surgery
 from mvwan.model.quantized import check_quantize
 from mvwan.model.trainable_table import TrainableTable
+from mvwan.precision import settle
+from mvwan.run_manifest import run_manifest
 from mvwan.training_module import HeatmapWanTrainingModule
 
 
@@ -50,9 +55,34 @@ def check_windows(config: Config) -> WindowsOfRun:
     return WindowsOfRun(episodes=episodes, training=training, validation=WindowDataset(episodes, config.data, views, "validation", seed))
 
 
-def check_start(config: Config, accept_trainable_change: bool = False) -> Compatibility | None:
-    """How the checkpoint fits that training would start from; None without one. Raises `MvwanError` when it does not."""
-    if config.train.from_checkpoint is None:
+def checkpoint_to_resume(output: str | Path, resume: bool) -> Path | None:
+    """The newest checkpoint in `output`, None where there is none. Raises `MvwanError` when there is one and nobody asked to `resume`."""
+    found = checkpoint.latest_checkpoint(output)
+    if found is not None and not resume:
+        raise MvwanError(f"{output}: holds a run at {found.name}. Use --resume to go on with it, or another output folder.")
+    return found
+
+
+def check_resumed(config: Config, found: Path, training: WindowDataset, accept_trainable_change: bool = False) -> int:
+    """The step at which a training with `config` on `training` goes on from the checkpoint `found`. Raises `MvwanError` when it does not.
+
+    On as many processes as make the windows of a step as many as they were; damaged windows, found when they are encoded, are not asked.
+    """
+    saved = checkpoint.read_manifest(found)
+    config = settle(config, saved=saved["config"])
+    alone = config.train.batch_size * config.train.gradient_accumulation
+    processes = max(1, saved.get("items_per_step", alone) // alone)
+    check_resume(saved, run_manifest(config, processes, "", training), found, accept_trainable_change)
+    return int(saved["step"])
+
+
+def check_start(config: Config, found: Path | None = None, accept_trainable_change: bool = False) -> Compatibility | None:
+    """How the checkpoint fits that training would start from: `found`, the run's own, or `train.from_checkpoint`; None without one.
+
+    Raises `MvwanError` when it does not.
+    """
+    checkpoint_path = found or config.train.from_checkpoint
+    if checkpoint_path is None:
         return None
-    start: dict[str, Any] = {"checkpoint": config.train.from_checkpoint, "accept_trainable_change": accept_trainable_change}
+    start: dict[str, Any] = {"checkpoint": checkpoint_path, "accept_trainable_change": accept_trainable_change}
     return HeatmapWanTrainingModule(config=config, device="meta", print_banners=False, **start).fit

@@ -105,7 +105,7 @@ def check_grid(grid: Grid, output: Path) -> Checked:
                 if grid.trials:
                     TrialSettings(execute=grid.execute, denoise_steps=grid.denoise_steps).check(config)
             if (start := (run.arm, config.train.from_checkpoint)) not in starts:
-                starts[start] = check_start(config, grid.accept_trainable_change)
+                starts[start] = check_start(config, accept_trainable_change=grid.accept_trainable_change)
             # What is read of the data depends on these settings alone.
             same = sha256_json([config.to_dict()["data"], run.seed, config.model.views, config.model.action_head, config.model.view_code])
             if same not in seen:

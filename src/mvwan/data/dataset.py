@@ -181,7 +181,7 @@ class WindowDataset:
         self.seed = seed
         self.num_variants = 1 + data.augment.variants if split == "train" else 1
         """Variants that `sample` offers of each window: the plain one and, in training, the augmented ones."""
-        self._camera_names = _choose_cameras(episodes, data.cameras, num_views)
+        self.view_names = _choose_cameras(episodes, data.cameras, num_views)
         chosen = _split(episodes, data.validation_share, split, seed)
         span = span_of(data)
         self.skipped = tuple(episode.name for episode in chosen if episode.num_frames + data.past_end < span)
@@ -204,7 +204,7 @@ class WindowDataset:
 
     def cameras(self, index: int, variant: int = 0) -> tuple[Camera, ...]:
         """The cameras of `sample`, without reading its pictures."""
-        cameras = _views(self.windows[index].episode, self._camera_names)
+        cameras = _views(self.windows[index].episode, self.view_names)
         boxes = whole_pictures(cameras)
         if variant:
             drawn = draw_augmentation(self._rng(index, variant), self.data.augment, cameras)
@@ -261,7 +261,7 @@ class WindowDataset:
         """The sample; `read` gives the pictures as they were recorded."""
         assert 0 <= variant < self.num_variants, f"variant {variant} of {self.num_variants}"
         window, name = self.windows[index], self.sample_id(index, variant)
-        frames, cameras = list(window.frames), _views(window.episode, self._camera_names)
+        frames, cameras = list(window.frames), _views(window.episode, self.view_names)
         point_m, size = window.episode.point_m[frames], (self.data.height_px, self.data.width_px)
         if variant:
             drawn = draw_augmentation(rng := self._rng(index, variant), self.data.augment, cameras)
@@ -303,7 +303,7 @@ class WindowDataset:
         """Per view (uv_px [F 2] in the pictures of `cameras`, a depth [F] of 1 where it is labelled) of an episode labelled in pictures."""
         episode, found = window.episode, []
         assert episode.uv_px is not None
-        for old, new in zip(_views(episode, self._camera_names), cameras, strict=True):
+        for old, new in zip(_views(episode, self.view_names), cameras, strict=True):
             place = [camera.name for camera in episode.cameras].index(old.name)
             uv_px = np.concatenate([episode.uv_px[place, list(window.frames)], np.ones((len(window.frames), 1))], axis=1)
             uv_px = uv_px @ (new.intrinsics @ np.linalg.inv(old.intrinsics)).T  # how crops and resizes changed it
@@ -371,7 +371,7 @@ class WindowDataset:
 
     def _plain(self, episode: Episode, frames: Sequence[int]) -> np.ndarray:
         """[F V H W 3] uint8."""
-        cameras = _views(episode, self._camera_names)
+        cameras = _views(episode, self.view_names)
         rgb = self._chosen(episode, episode.read_rgb(frames), cameras)
         return resize(rgb, cameras, self.data.height_px, self.data.width_px)[0].swapaxes(0, 1)
 
@@ -384,7 +384,7 @@ class WindowDataset:
     def _chosen(self, episode: Episode, rgb: np.ndarray, cameras: Sequence[Camera]) -> np.ndarray:
         """[V F H W 3] uint8 of the chosen views out of all of the episode's, checked against the size that the cameras state."""
         order_of_episode = [camera.name for camera in episode.cameras]
-        rgb = rgb[[order_of_episode.index(name) for name in self._camera_names]]
+        rgb = rgb[[order_of_episode.index(name) for name in self.view_names]]
         for camera in cameras:
             needed = (len(cameras), rgb.shape[1], camera.height_px, camera.width_px, 3)
             if rgb.shape != needed or rgb.dtype != np.uint8:
@@ -432,7 +432,7 @@ class WindowDataset:
 
     @cached_property
     def _episode_fingerprints(self) -> dict[str, str]:
-        return {episode.name: _episode_fingerprint(episode, self._camera_names) for episode in self.windows.used_episodes()}
+        return {episode.name: _episode_fingerprint(episode, self.view_names) for episode in self.windows.used_episodes()}
 
 
 def _sample_id(window: Window, variant: int) -> str:
