@@ -128,7 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
     own = parser.add_argument_group("of mvwan")
     own.add_argument("--base", help="tiny, wan2.2-ti2v-5b (default), a diffusers folder or hub id, Wan-native safetensors")
     own.add_argument("--dry_run", action="store_true", help="print what would train, from shapes alone, and stop")
-    own.add_argument("--check", action="store_true", help="check flags, settings and dataset, and stop")
+    own.add_argument("--check", action="store_true", help="check flags, settings, dataset, groups and checkpoints, and stop")
     own.add_argument("--max_steps", type=int, help="stop after so many optimizer steps")
     own.add_argument("--augmentation_variants", type=int, help="augmented copies of each window in the latent cache (default: 4)")
     own.add_argument("--resume", action="store_true", help="continue the run in --output_path")
@@ -329,12 +329,16 @@ def run(arguments: Sequence[str] | None = None) -> None:
         return
     if not args.output_path:
         raise MvwanError("--output_path is missing: the folder of the run. Set --output_path.")
-    from mvwan.data.dataset import WindowDataset, episodes_of
+    from mvwan.train_check import check_groups, check_resumed, check_start, check_windows, checkpoint_to_resume
 
-    episodes = episodes_of(config.data)
-    windows = WindowDataset(episodes, config.data, config.model.views, "train", config.seed)
+    windows = check_windows(config).training
     config = with_schedule(args, config, len(windows), int(os.environ.get("WORLD_SIZE", "1")))
     if args.check:
+        found = checkpoint_to_resume(args.output_path, args.resume)
+        check_groups(config)
+        if found is not None:
+            check_resumed(config, found, windows, args.accept_trainable_change)
+        check_start(config, found, args.accept_trainable_change)
         return
     from mvwan.train import train
 

@@ -63,7 +63,7 @@ is_true() {
 
 # check_first [FLAGS]: one sentence and exit code 2 for a mistake, before any process is launched.
 check_first() {
-    python "$here/heatmap_train_mv.py" "${train[@]}" "$@" --check || exit $?
+    WORLD_SIZE=$((NUM_NODES * NUM_GPUS)) python "$here/heatmap_train_mv.py" "${train[@]}" "$@" --check || exit $?
 }
 
 launch=(

@@ -55,6 +55,19 @@ def test_tracking_without_calibration_says_what_it_lacks(tracking: Path) -> None
     assert "model.action_head=none" in said
 
 
+def test_a_view_is_the_camera_of_its_name(tiny_demonstrations: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here one that sees nothing, the first of one episode and the last of another."""
+    first, second = list(read_lerobot(tiny_demonstrations))[:2]
+    left, *others = first.cameras
+    away = np.eye(4)
+    away[2, 3] = 100.0
+    blind = left.moved(away)
+    changed = Episodes((replace(first, cameras=(blind, *others)), replace(second, cameras=(*others, blind))))
+    monkeypatch.setattr(data_report, "episodes_of", lambda *_, **__: changed)
+    report, _ = inspect(config_of(tiny_demonstrations, validation_share=0.0))
+    assert {view.name: view.seen_share > 0 for view in report.views} == {"left": False, "right": True, "front": True}
+
+
 def test_short_episodes_are_told(tiny_demonstrations: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = list(read_lerobot(tiny_demonstrations))
     short = replace(whole[0], point_m=whole[0].point_m[:3], gripper_open=whole[0].gripper_open[:3], extra={})

@@ -363,3 +363,12 @@ def test_both_launch_scripts_train_and_hand_over(tmp_path: Path, recorded: str) 
     assert not groups_of(finetune)["modulation"]
     assert not groups_of(finetune)["mvs_norms"]
     assert saved_names(finetune) == saved_names(pretrain), "trained values that came along are kept, frozen"
+
+    again = {"OUTPUT_PATH": str(finetune), **two_processes, **handed, **clouds}
+    for more, changed, said in (
+        ((), {}, "Use --resume to go on with it"),
+        (("--resume",), {"LORA_RANK": "8"}, "rank: 4 in the checkpoint, 8"),
+    ):
+        done = launch(FINETUNE, *flags, *small, *more, **(again | changed))
+        assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, "before any process is launched"
+        assert said in done.stderr

@@ -13,6 +13,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from mvwan.batch import Episode
+from mvwan.cameras import Camera
 from mvwan.config import Config
 from mvwan.data.dataset import WindowDataset, episodes_of, format_of, roots_of
 from mvwan.data.left_out import LeftOut
@@ -120,7 +121,7 @@ def inspect(config: Config) -> tuple[DatasetReport, list[WindowDataset]]:
         frames=sum(episode.num_frames for episode in episodes),
         fps=tuple(sorted({float(episode.fps) for episode in episodes})),
         instructions=dict(Counter(episode.instruction for episode in episodes).most_common()),
-        views=tuple(_view(episodes, place) for place in range(len(cameras))),
+        views=tuple(_view(episodes, camera) for camera in cameras),
         points_share=_share(np.isfinite(episode.point_m).all(axis=1) for episode in episodes),
         gripper_share=_share(np.isfinite(episode.gripper_open) for episode in episodes),
         rotation_share=_share(np.isfinite(turn).all(axis=1) for turn in turns),
@@ -170,9 +171,11 @@ def _share(flags: Any) -> float:
     return float(np.concatenate(list(flags)).mean())
 
 
-def _view(episodes: Sequence[Episode], place: int) -> View:
-    camera, seen = episodes[0].cameras[place], []
+def _view(episodes: Sequence[Episode], camera: Camera) -> View:
+    """The view of the camera of that name, which may be another one of each episode's."""
+    seen = []
     for episode in episodes:
+        place = [own.name for own in episode.cameras].index(camera.name)
         own = episode.cameras[place]
         if episode.uv_px is None:
             seen.append(own.inside(*own.project(episode.point_m)))

@@ -1,6 +1,7 @@
 """trail read: the expert's runs as the recordings of the same layouts say, clouds that move with their labels, and mistakes by name."""
 
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from mvwan.config import DataConfig, TrailConfig, config_from_dict
 from mvwan.data.dataset import WindowDataset, read_episodes
 from mvwan.data.trail import CloudFiles, read_trail
 from mvwan.errors import MvwanError
+from mvwan.pickles import read_pickle
 from mvwan.sim.metaworld import record
 from tests.formats import write_trail
 
@@ -156,6 +158,17 @@ def test_pictures_cross_to_worker_processes_and_depend_on_the_scene(ball: Path) 
     assert np.array_equal(pickle.loads(pickle.dumps(reader))([1]), reader([1]))  # noqa: S301 - its own
     smaller = read_trail(ball, replace(SETTINGS, scene_bounds_m=(-0.4, 0.3, -0.05, 0.45, 1.0, 0.6)))[0]
     assert smaller.fingerprint != episode.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["3rd_2_pcd", "3rd_1_bgr"])
+def test_clouds_made_anew_are_other_pictures_although_of_the_same_size(ball: Path, tmp_path: Path, kind: str) -> None:
+    before, copied = read_trail(ball, SETTINGS)[0], shutil.copytree(ball, tmp_path / "copied")
+    assert read_trail(copied, SETTINGS)[0].fingerprint == before.fingerprint
+    for path in (copied / "push_ball" / "trail_1" / kind).iterdir():
+        cloud, size = read_pickle(path), path.stat().st_size
+        put(path, cloud[::-1] if kind.endswith("pcd") else np.full_like(cloud, 7))
+        assert path.stat().st_size == size
+    assert read_trail(copied, SETTINGS)[0].fingerprint != before.fingerprint
 
 
 @pytest.mark.parametrize(
