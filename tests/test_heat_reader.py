@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import conv2d, pad, pixel_shuffle
 
 from mvwan.checkpoint import find_checkpoint, read_heat_reader, read_manifest, share_checkpoint
 from mvwan.checkpoint_compare import verify_checkpoint
@@ -31,7 +32,7 @@ def moving_points(rng: np.random.Generator, clips: int, frames: int, side: int) 
 @pytest.fixture(scope="module")
 def encoded() -> Clips:
     codec = LatentCodec.load("tiny", 32)
-    uv_px = moving_points(np.random.default_rng(0), 96, 5, 96)
+    uv_px = moving_points(np.random.default_rng(0), 96, 9, 96)
     visible = np.ones(uv_px.shape[:2], bool)
     heat = colour(render(uv_px, visible, 96, 96, SIGMA_PX))
     return Clips(latents=codec.encode_video(heat), uv_px=uv_px, visible=visible)
@@ -49,27 +50,28 @@ def test_reads_points_of_clips_that_it_was_not_fitted_to(encoded: Clips) -> None
     assert quality.error_px < 2
     assert "12 clips" in str(quality) and "poor" not in str(quality)
     kept_out = slice(0, None, 8)
-    heat = reader.pictures(encoded.latents[kept_out, :, 1:])
-    assert heat.shape == (12, 4, 96, 96) and heat.dtype == np.float32 and heat.min() >= 0 and heat.max() <= 1
+    heat = reader.pictures(encoded.latents[kept_out])
+    assert heat.shape == (12, 8, 96, 96) and heat.dtype == np.float32 and heat.min() >= 0 and heat.max() <= 1
     found, confidence = peak(heat)
     assert np.median(np.linalg.norm(found - encoded.uv_px[kept_out, 1:], axis=-1)) == pytest.approx(quality.error_px, abs=1e-3)
     assert (confidence > 0.2).mean() > 0.9
 
 
 def test_reads_the_mean_of_the_spots_from_a_mean_of_latents(encoded: Clips, reader: HeatReader) -> None:
-    first, second = encoded.latents[:48, :, 1:], encoded.latents[48:, :, 1:]
+    first, second = encoded.latents[:48], encoded.latents[48:]
     mean_of_heat = (reader.read(first) + reader.read(second)) / 2
     assert torch.allclose(reader.read((first + second) / 2), mean_of_heat, atol=1e-4)
 
 
 def test_squared_error_is_that_of_the_cells(encoded: Clips, reader: HeatReader) -> None:
-    true, other = encoded.latents[:12, :, 1:], encoded.latents[12:24, :, 1:]
-    cells = (reader.read(true) - reader.read(other)).square()  # [12 4 12 12]
-    found = reader.squared_error((true - other).unflatten(0, (4, 3)))
+    true, other = encoded.latents[:12], encoded.latents[12:24].clone()
+    other[:, :, 0] = true[:, :, 0]  # which is given
+    cells = (reader.read(true) - reader.read(other)).square()  # [12 8 12 12]
+    difference = (true - other)[:, :, 1:]
+    found = reader.squared_error(difference.unflatten(0, (4, 3)))
     assert found.shape == (4,)
-    of_elements = found.sum() / (true - other).numel()
-    assert of_elements.item() == pytest.approx(cells.mean().item(), rel=1e-4)
-    assert torch.equal(reader.squared_error(torch.zeros_like(true).unflatten(0, (4, 3))), torch.zeros(4))
+    assert (found.sum() / difference.numel()).item() == pytest.approx(cells.mean().item(), rel=1e-4)
+    assert torch.equal(reader.squared_error(torch.zeros_like(difference).unflatten(0, (4, 3))), torch.zeros(4))
 
 
 def test_error_shrinks_as_a_spot_comes_nearer(reader: HeatReader) -> None:
@@ -85,7 +87,7 @@ def test_error_shrinks_as_a_spot_comes_nearer(reader: HeatReader) -> None:
 
 def test_frames_that_do_not_show_the_point_throughout_are_not_fitted_to(encoded: Clips) -> None:
     visible = encoded.visible.copy()
-    visible[1::2, 3] = False
+    visible[1::2, 3::4] = False
     nowhere = np.where(visible[..., None], encoded.uv_px, np.nan)
     half = Clips(latents=encoded.latents, uv_px=nowhere, visible=visible)
     other = encoded.latents.clone()
@@ -118,6 +120,37 @@ def test_its_quality_is_that_of_all_views(encoded: Clips, views: int) -> None:
 def test_says_when_latents_hold_no_heat(encoded: Clips) -> None:
     noise = Clips(latents=torch.randn_like(encoded.latents), uv_px=encoded.uv_px, visible=encoded.visible)
     assert "poor" in str(fit_heat_reader([noise], SIGMA_PX)[1])
+
+
+def test_the_first_of_four_frames_is_read_as_well_as_the_others(encoded: Clips, reader: HeatReader) -> None:
+    """Its latent alone says less of it than the one before."""
+    found, _ = peak(reader.pictures(encoded.latents))
+    error_px = np.linalg.norm(found - encoded.uv_px[:, 1:], axis=-1).mean(axis=0)
+    assert error_px[[0, 4]].max() < 1.5 * np.median(error_px)
+    blind = HeatReader(reader.weight[:, 48:96], reader.bias)
+    unsure, _ = peak(blind.pictures(encoded.latents))
+    assert np.linalg.norm(unsure - encoded.uv_px[:, 1:], axis=-1).mean(axis=0)[4] > 2 * error_px[4]
+
+
+def test_a_reader_of_before_reads_each_latent_alone(encoded: Clips) -> None:
+    weight, bias = torch.randn(16, 48, 3, 3), torch.randn(16)
+    older = HeatReader(weight, bias)
+    assert set(older.tensors) == {"weight", "bias"}
+    later = encoded.latents[:2, :, 1:]
+    wanted = [conv2d(pad(later[:, :, frame], (1,) * 4, mode="replicate"), weight, bias) for frame in range(2)]
+    found = older.read(encoded.latents[:2])
+    assert found.shape == (2, 8, 12, 12)
+    for frame, outputs in enumerate(wanted):
+        assert torch.allclose(found[:, 4 * frame : 4 * frame + 4], pixel_shuffle(outputs, 2), atol=1e-4)
+
+
+def test_windows_of_other_lengths_than_it_was_fitted_to_are_read(encoded: Clips, reader: HeatReader) -> None:
+    """Clips of one later latent teach the layer of the last one alone; longer windows are then read without looking ahead."""
+    short = Clips(latents=encoded.latents[:, :, :2], uv_px=encoded.uv_px[:, :5], visible=encoded.visible[:, :5])
+    of_short = fit_heat_reader([short], SIGMA_PX)[0]
+    for one, frames in ((of_short, 9), (reader, 5)):
+        found, _ = peak(one.pictures(encoded.latents[:, :, : frames // 4 + 1]))
+        assert np.median(np.linalg.norm(found - encoded.uv_px[:, 1:frames], axis=-1)) < 2
 
 
 def test_refuses_tensors_of_another_shape() -> None:
@@ -153,7 +186,7 @@ def test_a_checkpoint_keeps_the_reader(run: Path, tmp_path: Path) -> None:
     verify_checkpoint(folder)
     shared = read_heat_reader(share_checkpoint(folder, tmp_path / "shared"))
     assert shared is not None
-    assert all(torch.equal(saved[name], shared[name]) for name in ("weight", "bias"))
+    assert all(torch.equal(saved[name], shared[name]) for name in ("weight", "bias", "weight_last", "bias_last"))
 
 
 def test_a_damaged_reader_is_refused(run: Path, tmp_path: Path) -> None:

@@ -231,8 +231,8 @@ def _predictions(config: Config, sizes: Sizes, seed: int) -> Rows:
     videos = torch.randn(2 * sizes.views, 48, sizes.latent_frames, sizes.latent_height, sizes.latent_width)
     decoding = [_timed(lambda: codec.decode_video(videos))[0] for _ in range(3)]
     rows.append(_row("decoding them, all views and streams", decoding, "s"))
-    reader = HeatReader(torch.randn(16, videos.shape[1], 3, 3), torch.randn(16))
-    later = videos[: sizes.views, :, 1:]
-    reading = [_timed(lambda: reader.pictures(later))[0] for _ in range(3)]
+    channels = videos.shape[1]
+    reader = HeatReader(torch.randn(16, 3 * channels, 3, 3), torch.randn(16), torch.randn(16, 2 * channels, 3, 3), torch.randn(16))
+    reading = [_timed(lambda: reader.pictures(videos[: sizes.views]))[0] for _ in range(3)]
     rows.append(_row("reading the heat of all views from them, without the VAE", reading, "s", ("decoding them", decoding)))
     return rows

@@ -383,8 +383,9 @@ def read_heat_reader(path: str | Path) -> TensorFile | None:
     if READER not in manifest["files"]:
         return None
     tensors = _load_checked(folder, READER, manifest)
-    if tensors.keys() != {"weight", "bias"} or set(tensors.dtypes.values()) != {"float32"}:
-        raise _damaged(folder / READER, "it holds no float32 weight and bias")
+    alone = {"weight", "bias"}
+    if tensors.keys() not in (alone, {*alone, "weight_last", "bias_last"}) or set(tensors.dtypes.values()) != {"float32"}:
+        raise _damaged(folder / READER, "it does not hold the weights and biases of a heat reader in float32")
     return tensors
 
 

@@ -16,7 +16,7 @@ class Table(StrEnum):
     metaworld7_wide = "metaworld7-wide"
 
 
-class Switch(StrEnum):
+class Arms(StrEnum):
     """Runs with the switch off, on, or one of each."""
 
     off = "off"
@@ -26,7 +26,8 @@ class Switch(StrEnum):
 
 def reproduce(
     table: Annotated[
-        Table, typer.Argument(help="metaworld7: beside published numbers. metaworld7-wide: layouts on which replay fails, and a baseline.")
+        Table,
+        typer.Argument(help="metaworld7: beside published numbers. metaworld7-wide: layouts on which replay mostly fails, and a baseline."),
     ],
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder; finished stages in it are not repeated. Not given: runs/TABLE.")
@@ -42,7 +43,7 @@ def reproduce(
     task: Annotated[
         list[str] | None, typer.Option("--task", help="Only this task; repeatable. Not given: the table's seven.", show_default=False)
     ] = None,
-    switch: Annotated[Switch, typer.Option("--switch", help="Train with unfreeze_modulation_and_norms off, on, or both.")] = Switch.both,
+    switch: Annotated[Arms, typer.Option("--switch", help="Train with unfreeze_modulation_and_norms off, on, or both.")] = Arms.both,
     settings: Settings = None,
     start_from: Annotated[
         Path | None,

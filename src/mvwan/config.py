@@ -269,7 +269,7 @@ class TrainConfig:
     rgb_weight: float = 0.5
     """w in w * rgb + (1 - w) * heat."""
     heat_reader_weight: float = 0.0
-    """w in heat + w * (squared error of the heat that one linear layer reads from the latents): above 0 that layer is fitted before the
+    """w in heat + w * (squared error of the heat that a linear layer reads from the latents): above 0 that layer is fitted before the
     first step, and predictions read their heat with it instead of the VAE."""
     action_weight: float = 0.1
     """w in w * (gripper + rotation), which `model.action_head` adds to the loss."""

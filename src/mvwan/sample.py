@@ -198,7 +198,7 @@ def videos_of(
     pictures = None if rgb is None else decoded[0]
     if reader is None:
         return pictures, heatmaps.uncolour(decoded[-1])
-    return pictures, np.pad(reader.pictures(heat[:, :, 1:]), ((0, 0), (1, 0), (0, 0), (0, 0)))
+    return pictures, np.pad(reader.pictures(heat), ((0, 0), (1, 0), (0, 0), (0, 0)))
 
 
 @torch.inference_mode()

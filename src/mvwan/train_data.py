@@ -25,7 +25,7 @@ from mvwan.heatmaps import render
 from mvwan.latent_cache import LatentCache, build_cache, is_complete
 from mvwan.model.latents import LatentCodec, codec_digest
 
-_READER_WINDOWS = 512
+_READER_WINDOWS, _READER_LATENTS = 512, 400_000
 """That a heat reader is fitted to at most."""
 
 
@@ -58,12 +58,13 @@ def latent_caches(
 
 
 def fit_reader(config: Config, cache: LatentCache, show: Callable[[str], Any]) -> HeatReader:
-    """The layer that reads heat from latents, fitted to plain windows of the training split, `_READER_WINDOWS` at most, evenly spread.
+    """The layers that read heat from latents, fitted to plain windows of the training split, evenly spread, and not too many.
 
     `show` is told how well it reads. A pure function of the cached latents and their labels.
     """
     dataset = cache.dataset
-    chosen = spread(len(dataset), _READER_WINDOWS)
+    of_one = cache.heat(0)[:, 0, 1:].numel()
+    chosen = spread(len(dataset), min(_READER_WINDOWS, max(2, _READER_LATENTS // of_one)))
 
     def clips() -> Iterator[Clips]:
         for index in chosen:
