@@ -151,7 +151,7 @@ def fit_heat_reader(batches: Iterable[Clips], sigma_px: float) -> tuple[HeatRead
     sigma_px = max(sigma_px, _NARROWEST_CELLS * _CELL_PX)
     inner, last, kept_out = _LeastSquares(), _LeastSquares(), list[tuple[torch.Tensor, np.ndarray, np.ndarray]]()
     for place, clips in enumerate(batches):
-        shown = clips.visible[:, 1:].reshape(len(clips.visible), -1, FRAMES_PER_LATENT).all(axis=2)
+        shown: np.ndarray = np.all(clips.visible[:, 1:].reshape(len(clips.visible), -1, FRAMES_PER_LATENT), axis=2)
         for number in np.flatnonzero(shown.any(axis=1)):
             latents, uv_px, usable = clips.latents[number : number + 1], clips.uv_px[number], shown[number]
             if (place + number) % _CHECKED_EVERY == 0:  # where a batch is a window, of each of its views in turn
