@@ -384,8 +384,6 @@ def _build(
     if found is not None:
         check_skipped(checkpoint.read_manifest(found), manifest, found)
 
-    if accelerator.is_main_process:
-        held.enter_context(checkpoint.only_writer(output))
     reader = _reader(config, caches[0], accelerator, found)
     own = HeatmapWanTrainingModule(config=config, print_banners=accelerator.is_main_process, reader=reader, **start)
     manifest["trainable_changes"] += trainable_changes(own, start["checkpoint"], step)
@@ -399,6 +397,8 @@ def _build(
         moments, progress = checkpoint.read_optimizer(found)
         load_optimizer(prepared, own, moments, progress["updates"], found, accept_trainable_change)
         averaged = checkpoint.load_trained(found, ema=True).tensors if config.train.ema_decay else None
+    if accelerator.is_main_process:
+        held.enter_context(checkpoint.only_writer(output))
     state = State(
         config=config,
         output=output,

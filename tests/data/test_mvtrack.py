@@ -74,10 +74,13 @@ def test_a_scene_that_no_split_names_is_not_dropped_in_silence(recorded: list[Ep
 
 
 def test_what_has_no_place_in_space_has_no_baseline_that_needs_one(scenes: Path) -> None:
-    """Their numbers would be those of holding the first frame, under other names."""
+    """Its numbers would be those of holding the first frame, under another name. The nearest demonstration has a path in pictures."""
     windows = WindowDataset(read_episodes(scenes), DATA, 3, "train", 0)
     sample = windows.sample(0)
-    assert constant_velocity(sample, windows.windows[0], 1) is None and NearestDemonstration(windows, 1).answer(sample) is None
+    assert constant_velocity(sample, windows.windows[0], 1) is None
+    answer = NearestDemonstration(windows, 1).answer(sample)
+    assert answer is not None and not np.isfinite(answer.point_m).any()
+    np.testing.assert_allclose(answer.uv_px[sample.visible], sample.uv_px[sample.visible], atol=1e-4)  # of a training window itself
 
 
 def test_labels_follow_crops_and_resizes(scenes: Path, recorded: list[Episode]) -> None:
