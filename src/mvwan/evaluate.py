@@ -419,7 +419,8 @@ def sample_pictures(
     if point_px is not None and len(point_px) != len(images):
         raise MvwanError(f"--point-px is given {len(point_px)} times for {len(images)} pictures. Give one place per picture, or none.")
     pictures, seen_by = read_pictures(images, recorded_by, data.height_px, data.width_px)
-    if (fps := fps or loaded.fps) is None:
+    fps = loaded.fps if fps is None else fps
+    if fps is None:
         if gone := [root for root in roots_of(data.root) if not Path(root).is_dir()]:
             raise MvwanError(f"{gone[0]}: the run's demonstrations are gone, so its frame rate is not known. Give --fps.")
         fps = episodes_of(data)[0].fps / data.frame_interval

@@ -129,8 +129,7 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
         remarks.append("constant velocity: its speed is that over the frame before the window, which the run does not see.")
     if (found := result["nearest_windows"]) < result["num_windows"]:
         remarks.append(
-            f"nearest: a training demonstration of the same instruction, with points in space, is at hand for {found} of "
-            f"{result['num_windows']} windows."
+            f"nearest: a training demonstration of the same instruction is at hand for {found} of {result['num_windows']} windows."
         )
     return remarks
 

@@ -91,8 +91,9 @@ class HeatReader(nn.Module):
         given = {"weight": weight, "bias": bias, "weight_last": weight_last, "bias_last": bias_last}
         tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
         side, outputs = 2 * _REACH + 1, FRAMES_PER_LATENT * _CELLS**2
-        channels = weight.shape[1] // (3 if self._reads_neighbours else 1) if weight.ndim == 4 else 0
-        needed = {"weight": (outputs, channels * (3 if self._reads_neighbours else 1), side, side), "bias": (outputs,)}
+        latents = 3 if self._reads_neighbours else 1
+        channels = weight.shape[1] // latents if weight.ndim == 4 else 0
+        needed = {"weight": (outputs, channels * latents, side, side), "bias": (outputs,)}
         if self._reads_neighbours:
             needed |= {"weight_last": (outputs, 2 * channels, side, side), "bias_last": (outputs,)}
         if not channels or {name: tuple(tensor.shape) for name, tensor in tensors.items()} != needed:
