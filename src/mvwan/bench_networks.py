@@ -188,7 +188,7 @@ def autocast(config: Config) -> torch.autocast:
 def training_step(module: HeatmapWanTrainingModule, sizes: Sizes, seed: int) -> Step:
     """A training step of `module`: forward, backward, AdamW."""
     config = module.config
-    optimizer = torch.optim.AdamW(optimizer_groups(module.model, module.groups))
+    optimizer = torch.optim.AdamW(optimizer_groups(module.model, module.groups), fused=True)
     batch = random_batch(config, sizes, module.model.config["text_dim"], seed)
 
     def step(number: int) -> None:
@@ -207,7 +207,7 @@ def stock_training_step(config: Config, sizes: Sizes, seed: int) -> tuple[Step, 
     groups = [group for group in resolve_groups(config.trainable) if group.name in _STOCK_GROUPS]
     table = apply(model, groups, rank=config.trainable.lora.rank)
     exchange_layers(model, ours=False)
-    optimizer = torch.optim.AdamW(optimizer_groups(model, groups))
+    optimizer = torch.optim.AdamW(optimizer_groups(model, groups), fused=True)
     generator = torch.Generator().manual_seed(seed)
     pictures = sizes.batch * sizes.views
     shape = (pictures, 1, LATENT_CHANNELS, sizes.latent_frames, sizes.latent_height, sizes.latent_width)

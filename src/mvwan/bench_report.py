@@ -1,6 +1,7 @@
 """A `BenchReport` for people: tables for the terminal and as Markdown, and a picture of how time and memory grow."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Group
@@ -103,7 +104,18 @@ def draw_growth(report: BenchReport, path: Path) -> None:
             plot.set_ylim(bottom=0)
             plot.set_xlabel(growth.axis)
             plot.set_ylabel(label if column == 0 else "")
-            plot.set_xticks(growth.at)
+            plot.set_xticks(growth.at, labels=_labels_apart(growth.at))
     figure.suptitle("A training step: measured, and the line fitted")
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
+
+
+def _labels_apart(places: Sequence[int]) -> list[str]:
+    """The number of each place, or nothing where it would run into the one before it."""
+    labels: list[str] = []
+    last = float("-inf")
+    for place in places:
+        is_apart = place - last >= (places[-1] - places[0]) / 12
+        labels.append(str(place) if is_apart else "")
+        last = place if is_apart else last
+    return labels

@@ -22,7 +22,7 @@ from mvwan.training_module import HeatmapWanTrainingModule
 
 
 def make_optimizer(module: HeatmapWanTrainingModule, train: TrainConfig) -> torch.optim.Optimizer:
-    """`train.optimizer` with a parameter group per trainable group and weight decay.
+    """`train.optimizer` with a parameter group per trainable group and weight decay; AdamW in one pass over each tensor.
 
     Adafactor takes learning rates as they are given: it neither scales them by a tensor's size, which would hold back what starts at
     zero, nor lowers them with time, which is the schedule's part.
@@ -32,7 +32,7 @@ def make_optimizer(module: HeatmapWanTrainingModule, train: TrainConfig) -> torc
         group["initial_lr"] = group["lr"]
     if train.optimizer == "adafactor":
         return Adafactor(groups, lr=train.learning_rate, scale_parameter=False, relative_step=False)
-    return torch.optim.AdamW(groups, betas=train.adam_betas)
+    return torch.optim.AdamW(groups, betas=train.adam_betas, fused=True)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, step: int) -> LambdaLR:
@@ -95,16 +95,16 @@ def load_optimizer(
         for name in row.names:
             parameter = parameters[name]
             moments = {held.partition("/")[0]: shard_like(parameter, tensors[held]) for held in _moments_of(module, name, parameter)}
-            optimizer.state[parameter] = {"step": _counter(module.config.train, updates[row.name]), **moments}
+            optimizer.state[parameter] = {"step": _counter(module.config.train, updates[row.name], parameter), **moments}
 
 
 def _moments_of(module: HeatmapWanTrainingModule, name: str, parameter: torch.Tensor) -> dict[str, tuple[int, ...]]:
     return moment_shapes(module.config.train.optimizer, name, parameter.shape)
 
 
-def _counter(train: TrainConfig, updates: int) -> Any:
-    """As each optimizer counts; AdamW in a tensor."""
-    return updates if train.optimizer == "adafactor" else torch.tensor(float(updates))
+def _counter(train: TrainConfig, updates: int, parameter: torch.Tensor) -> Any:
+    """As each optimizer counts; AdamW in a tensor beside the parameter."""
+    return updates if train.optimizer == "adafactor" else torch.tensor(float(updates), device=parameter.device)
 
 
 class MovingAverage:

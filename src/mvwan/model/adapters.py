@@ -55,5 +55,7 @@ class AdaptedLinear(peft.tuners.lora.Linear):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else down.weight.dtype
         if y.dtype != dtype:
             return super().forward(x)
-        answer: torch.Tensor = _LowRank.apply(y, x.to(dtype), down.weight.to(dtype), (self.scaling["default"] * up.weight).to(dtype))
+        scaling = self.scaling["default"]
+        scaled = up.weight if scaling == 1 else scaling * up.weight
+        answer: torch.Tensor = _LowRank.apply(y, x.to(dtype), down.weight.to(dtype), scaled.to(dtype))
         return answer
