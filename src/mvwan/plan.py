@@ -14,12 +14,15 @@ from mvwan.deepspeed_engine import BUCKET_ELEMENTS
 from mvwan.devices import DEFAULT_EFFICIENCY, Machine
 from mvwan.errors import MvwanError
 from mvwan.memory import available_bytes
+from mvwan.precision import settle
 from mvwan.step_trace import Measurement, StepTrace, measure, trace
 
 Strategy = Literal["one process", "DDP", "DeepSpeed ZeRO-1", "DeepSpeed ZeRO-2", "FSDP2"]
 GB = 1e9
 CONTEXT_GB = 0.6
 """Assumed, of each GPU: what CUDA and its libraries take for themselves."""
+_BFLOAT16_KERNELS = 30_000_000
+"""Bytes, measured: what a processor's library keeps for products in bfloat16 beyond what it keeps in float32, whatever the step's size."""
 _FLOAT32_BYTES = 4
 _GATHERED_BLOCKS = 3
 """Assumed, of FSDP2: the block at work, the next one, and the buffer that it arrives in."""
@@ -305,6 +308,8 @@ def _command(config: Config, strategy: Strategy, checkpointing: bool, quantize: 
 def _trial(config: Config, efficiency: float) -> Trial:
     step = trace(config, "cpu")
     memory = memory_of(step, "one process", 1, has_average=False)
+    if settle(config, "cpu").train.precision == "bf16":
+        memory = replace(memory, transient=memory.transient + _BFLOAT16_KERNELS)
     available = available_bytes()
     if memory.total > available:
         raise MvwanError(

@@ -104,17 +104,18 @@ def _widened(weight: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _QuantizedProduct(torch.autograd.Function):
-    """x weight^T. What waits for the backward pass is the weight as it is stored."""
+    """x weight^T + bias, rounded once. What waits for the backward pass is the weight as it is stored."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.weight = weight
-        return x @ _widened(weight, x.dtype).T
+        return nn.functional.linear(x, _widened(weight, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor | None]:
         (gradient,) = gradients
-        return gradient @ _widened(ctx.weight, gradient.dtype), None
+        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return gradient @ _widened(ctx.weight, gradient.dtype), None, of_bias
 
 
 class QuantizedLinear(WideningLinear):
@@ -123,5 +124,5 @@ class QuantizedLinear(WideningLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         device = x.device.type
         x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-        answer: torch.Tensor = _QuantizedProduct.apply(x, self.weight)
-        return answer if self.bias is None else answer + self.bias.to(x.dtype)
+        answer: torch.Tensor = _QuantizedProduct.apply(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
+        return answer
