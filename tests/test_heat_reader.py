@@ -7,17 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import conv2d, pad, pixel_shuffle
 
 from mvwan.checkpoint import find_checkpoint, read_heat_reader, read_manifest, share_checkpoint
 from mvwan.checkpoint_compare import verify_checkpoint
+from mvwan.checkpoint_export import export_checkpoint
 from mvwan.errors import MvwanError
 from mvwan.evaluate import evaluate_prediction, held_out_windows, predict_sample
 from mvwan.heat_reader import Clips, HeatReader, fit_heat_reader
 from mvwan.heatmaps import colour, peak, render
 from mvwan.model.latents import LatentCodec
+from mvwan.model.multiview_wan import MultiViewWan
 from mvwan.presets import config_from_preset
-from mvwan.sample import load_run
+from mvwan.sample import load_run, predict
 from mvwan.train import train
 
 SIGMA_PX = 6.0
@@ -237,3 +240,24 @@ def test_predictions_read_their_heat_with_it(run: Path) -> None:
     assert result["heat_from"] == "reader"
     assert evaluate_prediction(decodes, windows=2, denoise_steps=1, output=run.parent / "decodes.json")["heat_from"] == "vae"
     assert result["codec_key"] != evaluate_prediction(decodes, windows=2, denoise_steps=1, output=run.parent / "again.json")["codec_key"]
+
+
+def test_exports_take_it_along_or_say_so(run: Path, tmp_path: Path) -> None:
+    saved = (find_checkpoint(run) / "heat_reader.safetensors").read_bytes()
+    for form in ("multiview", "diffusers-lora"):
+        written = export_checkpoint(run, tmp_path / form, form)
+        assert (written.path / "heat_reader.safetensors").read_bytes() == saved
+        assert "heat_reader.safetensors" in " ".join(written.notes)
+    assert "heat reader is not in it" in " ".join(export_checkpoint(run, tmp_path / "native.safetensors", "wan-native").notes)
+
+
+def test_an_exported_model_predicts_with_it_as_the_run_does(run: Path, tmp_path: Path) -> None:
+    loaded = load_run(run)
+    folder = export_checkpoint(run, tmp_path / "whole", "multiview").path
+    model, reader = MultiViewWan.from_pretrained(folder).eval(), HeatReader(**load_file(folder / "heat_reader.safetensors"))
+    sample = held_out_windows(loaded).sample(0)
+    asked = {"images": sample.rgb[:, 0], "prompt": sample.instruction, "cameras": sample.cameras, "steps": 1, "point_m": sample.point_m[0]}
+    bare = {"codec": loaded.codec, "config": loaded.config}
+    of_run, of_export, decoded = predict(loaded, **asked), predict(model, **asked, **bare, reader=reader), predict(model, **asked, **bare)
+    assert np.abs(of_export.heat - of_run.heat).max() < 0.02
+    assert np.abs(decoded.heat - of_run.heat).max() > 0.2

@@ -6,7 +6,9 @@
     merged          a folder: a stock transformer with the LoRA merged, equal to the adapted model's RGB half
     multiview       a folder: `MultiViewWan` with the LoRA merged, equal to the adapted model
 
-Nothing is left out unless the user says so by name; what a form cannot hold is an error. An export is whole or not there.
+The heat reader of a run that has one, which never trains, lies beside the tensors in every folder that predicts heat; `wan-native`, which
+has no place for it, says so. Nothing else is left out unless the user says so by name; what a form cannot hold is an error. An export is
+whole or not there.
 Knows no run, no optimizer state and no noise.
 """
 
@@ -20,7 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 from safetensors import SafetensorError
 
-from mvwan.checkpoint import OLDER_SYSTEM, find_checkpoint, load_trained, share_checkpoint
+from mvwan.checkpoint import OLDER_SYSTEM, READER, find_checkpoint, load_trained, read_heat_reader, share_checkpoint
 from mvwan.config import TrainableConfig
 from mvwan.errors import MvwanError, nearest
 from mvwan.files import whole_directory, whole_file, write_file
@@ -125,6 +127,8 @@ def _write_native(output: Path, tensors: TensorFile, manifest: Mapping[str, Any]
         write_tensors(partial, {names[name]: tensors[name] for name in tensors})
         _check_written(TensorFile(partial).renamed({native: name for name, native in names.items()}), tensors, output)
     notes = [f"{len(tensors)} tensors under Wan-native names ({_count(tensors)}); the base is not in it"]
+    if _reader(found, manifest) is not None:
+        notes.append("the run's heat reader is not in it either: what loads this file reads heat through the VAE")
     trainable = manifest["config"].get("trainable", {})
     if trainable.get("groups") or any(trainable.get("lora", {}).get(name) is False for name in TrainableConfig().lora.__dict__):
         notes.append("the run chose its own layers or groups (settings `trainable`), which the file cannot say: give them when loading it")
@@ -152,10 +156,12 @@ def _write_lora(output: Path, tensors: TensorFile, manifest: Mapping[str, Any], 
         assert not held.keys() & beside.keys()
         _check_written(ChainMap(held, beside), tensors, output)  # pyright: ignore[reportArgumentType]
         write_file(partial / "README.md", _LORA_README.format(lora=len(lora), rest=len(rest), rank=rank, alpha=f"{alpha:g}"))
+        reader = _write_reader(partial, found, manifest)
     notes = (
         f"{LORA_FILE}: {len(lora)} tensors, the LoRA of stock layers, rank {rank}, alpha {alpha:g}, for diffusers' own loader",
         f"{REST_FILE}: the other {len(rest)} tensors ({_count(dict.fromkeys(rest))})",
         f"{LORA_FILE} alone is not the adapted model",
+        *reader,
     )
     return Export(path=output, notes=notes)
 
@@ -184,6 +190,19 @@ The LoRA alone is not the adapted model: it was trained together with what is in
 def _check_written(written: Mapping[str, torch.Tensor], tensors: TensorFile, output: Path) -> None:
     if digest(written) != digest(tensors):
         raise MvwanError(f"{output}: what was read back is not what was written. Check the disk, then export again.")
+
+
+def _reader(found: Path, manifest: Mapping[str, Any]) -> TensorFile | None:
+    return None if manifest["format_version"] == OLDER_SYSTEM else read_heat_reader(found)
+
+
+def _write_reader(partial: Path, found: Path, manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """The run's heat reader, written into the folder `partial`, as a note; nothing for a run that has none."""
+    reader = _reader(found, manifest)
+    if reader is None:
+        return ()
+    write_tensors(partial / READER, reader)
+    return (f"{READER}: reads heat from latents; mvwan.predict takes it as reader=HeatReader(**load_file(...)) (mvwan.heat_reader)",)
 
 
 # ── whole models ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -230,7 +249,9 @@ def _write_model(
     saved = to_stock(model, stored) if form == "merged" else model
     with whole_directory(output) as partial:
         _save_pretrained(saved, partial, output)
-    return Export(path=output, notes=(*_model_notes(saved, merged, manifest, dtype), *_base_notes(manifest), *_lost_notes(form, tensors)))
+        reader = _write_reader(partial, found, manifest) if form == "multiview" else ()
+    notes = (*_model_notes(saved, merged, manifest, dtype), *_base_notes(manifest), *_lost_notes(form, tensors), *reader)
+    return Export(path=output, notes=notes)
 
 
 def _base_notes(manifest: Mapping[str, Any]) -> list[str]:

@@ -72,7 +72,8 @@ def peak(heat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(uv_px [... 2] float32, confidence [...] float32 in 0..1) of the strongest spot in each picture of heat [... H W].
 
     Confidence is the spot's height above the background, times its share of all pixels that rise half as high: 1 for a lone clean
-    spot, about 1/2 for two equal ones, 0 for a picture without a peak, whose uv_px is then the middle of the picture.
+    spot, about 1/2 for two equal ones, 0 for a picture without a peak, whose uv_px is then the middle of the picture. A spot so wide
+    that more than a twentieth of the picture lies under it counts in part as background, and so for less.
     """
     height_px, width_px = heat.shape[-2:]
     found = [_peak_of_picture(picture) for picture in np.asarray(heat, np.float32).reshape(-1, height_px, width_px)]

@@ -130,6 +130,7 @@ def predict(
     heat_only: bool = False,
     codec: LatentCodec | None = None,
     config: Config | None = None,
+    reader: HeatReader | None = None,
 ) -> Prediction:
     """What happens after `images`, over `num_frames` pictures per view (None: as many as in training), in `steps` Euler steps.
 
@@ -139,13 +140,12 @@ def predict(
     training when no camera sees the point. gripper_open (or [F]), 0..1, is how far the gripper is open now: a model with an action
     head repeats it in the given frames, and says its own without it; no other model reads it.
     `heat_only` leaves the pictures undecoded, which saves half of the time: `rgb` then ends with the given ones. A bare model needs
-    `codec`, and `config` where its training differed from the defaults. Same seed, same prediction. Raises `MvwanError` for pictures
-    that do not fit.
+    `codec`, `config` where its training differed from the defaults, and `reader` where it had a heat reader, or its heat comes through
+    the VAE. Same seed, same prediction. Raises `MvwanError` for pictures that do not fit.
     """
     run = load_run(run_or_model) if isinstance(run_or_model, (str, Path)) else run_or_model
-    reader = run.reader if isinstance(run, LoadedRun) else None
     if isinstance(run, LoadedRun):
-        model, codec, config = run.model, codec or run.codec, config or run.config
+        model, codec, config, reader = run.model, codec or run.codec, config or run.config, reader or run.reader
         _check_size(images, config)
     else:
         model, config = run, config or Config()

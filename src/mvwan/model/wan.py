@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -87,6 +87,8 @@ _LARGEST = {
     "pos_embed_seq_len": 2**16,
 }
 """Beyond these a config is damaged, and building what it asks for would take for ever or all the memory."""
+_LARGE = 1 << 30
+"""Bytes of weights, which take seconds to load."""
 _WEIGHT_TYPES = ("float32", "bfloat16", "float16", "float64")
 _NATIVE_FIELDS = ("dim", "num_heads", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim")
 
@@ -447,8 +449,25 @@ def load_text_encoder(source: str | Path, dtype: torch.dtype | None = None) -> t
     from transformers import AutoTokenizer, UMT5EncoderModel
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_part(source, "tokenizer"))
-        encoder = UMT5EncoderModel.from_pretrained(_part(source, "text_encoder"), dtype=dtype or "auto")
+        tokenizer, folder = AutoTokenizer.from_pretrained(_part(source, "tokenizer")), _part(source, "text_encoder")
+        with _bar_for_large(folder):
+            encoder = UMT5EncoderModel.from_pretrained(folder, dtype=dtype or "auto")
     except (OSError, ValueError) as error:
         raise MvwanError(f"base {source}: its text encoder cannot be loaded ({str(error).splitlines()[0]})") from None
     return tokenizer, encoder.eval().requires_grad_(False)
+
+
+@contextmanager
+def _bar_for_large(folder: Path) -> Generator[None]:
+    """Without the bar that transformers draws for the weights in a folder, unless they are so large that a user would wait for them."""
+    from transformers.utils import logging
+
+    is_large = sum(path.stat().st_size for path in folder.iterdir()) >= _LARGE
+    if is_large or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
