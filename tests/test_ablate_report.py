@@ -179,6 +179,20 @@ def test_figures_hold_the_numbers(result: AblationResult) -> None:
     assert differences["data"][0]["error_y"]["array"][0] == pytest.approx(band.high - band.mean)
 
 
+def test_a_long_name_of_an_arm_has_each_factor_on_a_line_of_its_own_and_makes_the_figure_higher() -> None:
+    long = "model.fusion=<view>,trainable.lora.feed_forward=false in both of the stages"
+    told: dict[str, Any] = {"learning_rate": 1e-4, "split": "test", "outcome": "loss", "episode": "0"}
+    rows = {
+        arm: [Measurement(arm=name, seed=seed, value=seed + shift, **told) for shift, name in enumerate(("off", arm)) for seed in range(3)]
+        for arm in (long, "on")
+    }
+    wide, narrow = (compare(rows[arm], ["off", arm], "off", {"loss": OUTCOMES["loss"]}, "loss", 400) for arm in (long, "on"))
+    tick = figures.forest(wide, "loss")["layout"]["yaxis"]["ticktext"][0]
+    lines = tick.split("</b>")[0].removeprefix("<b>").split("<br>")
+    assert lines == ["model.fusion=&lt;view&gt;", "trainable.lora.feed_forward=false", "in both of the stages"], "no word is broken"
+    assert figures.forest_height_px(wide) > figures.forest_height_px(narrow)
+
+
 def test_curves_are_of_the_chosen_rate_and_mean_over_seeds(result: AblationResult) -> None:
     figure = figures.learning_curves(result.comparison, CURVES, "heat_loss", "Heat")
     assert figure is not None
