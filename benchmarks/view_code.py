@@ -147,8 +147,8 @@ def _measure(run: LoadedRun, condition: Condition, recordings: dict[str, str], w
 def _errors(run: LoadedRun, sample: Sample, seed: int) -> dict[str, Tally]:
     # A bare model, since a run refuses views that it was not trained for; here that is the question.
     prediction = predict(
-        run.model, sample.rgb[:, 0], sample.instruction, sample.cameras, seed=seed, point_m=sample.point_m[0], heat_only=True,
-        codec=run.codec, config=run.config,
+        run.model, sample.rgb[:, 0], sample.instruction, sample.cameras, steps=1, seed=seed, point_m=sample.point_m[0], heat_only=True,
+        codec=run.codec, config=run.config, reader=run.reader,
     )  # fmt: skip
     seen = np.where(prediction.confidence[..., None] > 0, prediction.uv_px, np.nan)
     held = hold_first(sample, 1)
