@@ -14,6 +14,7 @@ import sys
 import tomllib
 from functools import cache
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import yaml
@@ -112,6 +113,25 @@ def test_hooks_run_the_tools_of_the_lock() -> None:
     entries = [hook["entry"].split()[0] for repository in hooks for hook in repository["hooks"]]
     assert {Path(entry).name for entry in entries} == {"ruff", "shellcheck", "pyright", "python"}
     assert all((BIN / Path(entry).name).exists() for entry in entries)
+
+
+def test_a_wheel_holds_the_whole_package_and_works_without_its_source(tmp_path: Path) -> None:
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    shutil.copytree(ROOT / "src" / "mvwan", source / "src" / "mvwan", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([*build, str(source)], check=True)
+    with ZipFile(next(tmp_path.glob("mvwan-*.whl"))) as wheel:
+        wheel.extractall(installed)
+    ours = {path.relative_to(source / "src") for path in (source / "src" / "mvwan").rglob("*") if path.is_file()}
+    assert ours == {path.relative_to(installed) for path in (installed / "mvwan").rglob("*") if path.is_file()}
+    program = (
+        "import mvwan; mvwan.load_model('tiny', checkpoint='tiny-tracking', fusion='view', action_head='gripper'); print(mvwan.__file__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    assert Path(done.stdout.strip()).parent == installed / "mvwan"
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ try:
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
     from metaworld.policies import ENV_POLICY_MAP
 except ModuleNotFoundError as error:
-    raise MvwanError(f"the simulator is not installed ({error}). Install it: pip install metaworld==3.1.1 mujoco==3.3.0") from error
+    raise MvwanError(f"the simulator is not installed ({error}). Run `pip install 'mvwan[sim]'`.") from error
 except Exception as error:  # a missing libEGL surfaces as ImportError, AttributeError or RuntimeError, by version
     raise no_renderer(error) from error
 
