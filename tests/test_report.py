@@ -304,5 +304,14 @@ def test_a_run_that_finds_no_peaks_beats_nothing(tmp_path: Path) -> None:
     assert "off 77 %, on 77 %" in verdict and "train longer" in verdict and "beats" not in verdict
 
 
+def test_movement_has_labels_to_read_a_place_by() -> None:
+    def ticks(*changes: float | None) -> dict[str, Any]:
+        return report_figures.movement({"on": {f"group {row}": change for row, change in enumerate(changes)}}, "", "")["layout"]["xaxis"]
+
+    assert ticks(4e-4, None, 3e-3)["ticktext"] == ["0.0001", "0.0002", "0.0005", "0.001", "0.002", "0.005"]
+    for changes in ((1e-5, 2e-3), (0.0, 1e-3, 1.0), (0.0, None)):
+        assert ticks(*changes)["dtick"] == 1
+
+
 def test_smoothing_is_a_mean_of_what_came_before() -> None:
     assert report_figures.smoothed([(1, 2.0), (2, None), (3, 4.0), (4, 9.0)], 2) == [(1, 2.0), (3, 3.0), (4, 6.5)]

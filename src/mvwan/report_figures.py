@@ -3,6 +3,7 @@
 A source is `off`, `on`, `hold` (the first frame held), `nearest` (training demonstration) or `truth`. Knows no files and no HTML.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,17 @@ def movement(by_run: Mapping[str, Mapping[str, float | None]], title: str, x: st
         dict.fromkeys(group for changes in by_run.values() for group in changes if any(group in found for found in known.values()))
     )
     groups = {"categoryorder": "array", "categoryarray": order[::-1]}
-    return _figure(data, title, x, "", xaxis={"type": "log", "dtick": 1, "exponentformat": "power"}, yaxis=groups)
+    shown = [change for changes in known.values() for change in changes.values() if change > 0]
+    return _figure(data, title, x, "", xaxis={"type": "log", **_powers_of_ten(shown)}, yaxis=groups)
+
+
+def _powers_of_ten(shown: Sequence[float]) -> dict[str, Any]:
+    """Ticks of a log axis: powers of ten, and what is 2 and 5 times as much where `shown` lies within two of them."""
+    if not shown or max(shown) >= 100 * min(shown):
+        return {"dtick": 1, "exponentformat": "power"}
+    powers = range(math.floor(math.log10(min(shown))), math.floor(math.log10(max(shown))) + 1)
+    ticks = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
+    return {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def error_over_time(by_source: Mapping[str, Sequence[float | None]], given_frames: int, title: str, unit: str) -> Figure:
