@@ -238,3 +238,14 @@ def test_what_is_not_supported_is_refused(
         train(config_from_dict(golden_run), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert not AcceleratorState._shared_state, "the next run of this process would inherit these settings"
+
+
+def test_a_torch_that_cannot_spread_over_cpus_is_refused(
+    golden_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch 2.6 cannot, whose streams of a CPU record no events."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.delattr("torch.cpu.Stream.record_event")
+    with pytest.raises(MvwanError, match="FSDP2 on CPUs needs a newer torch than"):
+        train(config_from_dict(golden_run), tmp_path / "run")

@@ -69,6 +69,8 @@ def make_accelerator(config: Config, output: Path) -> Accelerator:
     plugin = _sharding_plugin()
     zero = DeepSpeedPlugin(hf_ds_config=zero_settings(config.train)) if _is_on("ACCELERATE_USE_DEEPSPEED") else None
     on_cpu = not torch.accelerator.is_available()
+    if plugin is not None and on_cpu and not hasattr(torch.cpu.Stream, "record_event"):
+        raise MvwanError(f"FSDP2 on CPUs needs a newer torch than {torch.__version__}: it is tested with 2.13. Or use DDP (--multi_gpu).")
     _check_kernels(config, is_spread=plugin is not None or zero is not None)
     if config.train.compile:
         _check_compiler(on_cpu)
